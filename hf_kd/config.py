@@ -1,0 +1,249 @@
+"""Every knob of a distillation run: transformers' TrainingArguments and what distillation adds."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .losses import functional
+from .losses.logit import LOSSES, check_loss_name
+
+
+if TYPE_CHECKING:
+    NumberOrAuto = float | str
+else:
+    # HfArgumentParser reads `float | str` as float alone and would refuse `--beta auto`; __post_init__ converts.
+    NumberOrAuto = str
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    r"""
+    Arguments of a distillation run. The objective is, averaged over the samples of a batch,
+
+        ce_weight · CE(labels, student) + beta · loss(student, teacher)
+
+    Args:
+        > Parameters that define the objective
+
+        loss (`str`, *optional*, defaults to `"wttm"`):
+            The distillation loss: `"wttm"`, `"ttm"`, `"kd"`, or `"ce"` for training on the labels alone.
+        gamma (`float`, *optional*):
+            Exponent of the power transform of the teacher, in (0, 1]. By default 0.8 for TTM and WTTM (the paper's
+            value on ImageNet) and 0.25 for KD.
+        temperature (`float`, *optional*):
+            1/gamma: the other way to say it.
+        beta (`float` or `"auto"`, *optional*, defaults to `1.0`):
+            Weight of the distillation loss. `"auto"` measures the teacher's mean power sum before the first step and
+            takes the weight that balances labels and teacher as KD does at `balance_lambda` (the paper, Eq. 19).
+        balance_lambda (`float`, *optional*, defaults to `0.9`):
+            λ for `beta="auto"`, in [0, 1).
+        auto_beta_samples (`int`, *optional*, defaults to `1024`):
+            Over how many of the first training samples `beta="auto"` measures the power sum.
+        ce_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of cross-entropy. 0 trains without labels. KD's λ form is `ce_weight=1-λ, beta=λ`.
+        loss_kwargs (`dict`, *optional*):
+            Further arguments of the loss.
+
+        > Parameters that control the teacher
+
+        teacher_checkpoint (`str`, *optional*):
+            Weights file for a teacher given as a timm architecture.
+        teacher_num_classes (`int`, *optional*):
+            Class count of that file.
+        teacher_class_map (`dict` or `list`, *optional*):
+            For each student class, the teacher's class or classes.
+        teacher_input_size (`int`, *optional*):
+            Size that the teacher's images are resized to, in place of the size it was trained with.
+        teacher_preflight (`bool`, *optional*, defaults to `True`):
+            Whether to measure the teacher's top-1 on the evaluation data once, before training.
+        teacher_metrics (`bool`, *optional*, defaults to `False`):
+            Whether evaluation also runs the teacher and reports the agreement with it.
+
+        > Parameters that control the optimisation
+
+        lr_milestones (`list[float]`, *optional*):
+            Epochs at which the learning rate is multiplied by `lr_decay`; in place of `lr_scheduler_type`.
+        lr_decay (`float`, *optional*, defaults to `0.1`):
+            Factor at each milestone.
+        momentum (`float`, *optional*, defaults to `0.9`):
+            Momentum of `optim="sgd"`.
+        nesterov (`bool`, *optional*, defaults to `False`):
+            Nesterov momentum of `optim="sgd"`.
+        decay_all_parameters (`bool`, *optional*, defaults to `False`):
+            Whether weight decay also applies to biases and normalisation layers, as in the paper's protocols.
+
+        > Parameters that mix images
+
+        mixup_alpha (`float`, *optional*, defaults to `0.0`):
+            Mixup strength; 0 is off. Student and teacher see the same mixed images; evaluation is never mixed.
+        cutmix_alpha (`float`, *optional*, defaults to `0.0`):
+            CutMix strength; 0 is off.
+        mixup_prob (`float`, *optional*, defaults to `1.0`):
+            Probability that a batch is mixed.
+        mixup_switch_prob (`float`, *optional*, defaults to `0.5`):
+            Probability of CutMix rather than mixup when both are on.
+
+    NOTE: these defaults differ from TrainingArguments': `label_names` is `["labels"]` (was: found out from the model),
+    `remove_unused_columns` is `False` (was `True`, which drops what the teacher needs), `logging_nan_inf_filter` is
+    `False` (was `True`: a non-finite loss is an error here).
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
+
+    # --- The objective ---
+    loss: str = field(
+        default="wttm",
+        metadata={"help": "Distillation loss: wttm, ttm, kd, or ce for the labels alone."},
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={"help": "Exponent of the power transform of the teacher, in (0, 1]: 1/temperature."},
+    )
+    temperature: float | None = field(default=None, metadata={"help": "1/gamma: the other way to give it."})
+    beta: NumberOrAuto = field(
+        default="1.0",
+        metadata={"help": 'Weight of the distillation loss, or "auto" for KD\'s balance with the labels (Eq. 19).'},
+    )
+    balance_lambda: float = field(
+        default=0.9, metadata={"help": 'The λ whose balance beta="auto" reproduces, in [0, 1).'}
+    )
+    auto_beta_samples: int = field(
+        default=1024, metadata={"help": 'How many training samples beta="auto" measures the power sum over.'}
+    )
+    ce_weight: float = field(default=1.0, metadata={"help": "Weight of cross-entropy; 0 trains without labels."})
+    loss_kwargs: dict | str | None = field(default=None, metadata={"help": "Further arguments of the loss, as JSON."})
+
+    # --- The teacher ---
+    teacher_checkpoint: str | None = field(
+        default=None, metadata={"help": "Weights file for a teacher given as a timm architecture."}
+    )
+    teacher_num_classes: int | None = field(default=None, metadata={"help": "Class count of teacher_checkpoint."})
+    teacher_class_map: dict | str | list | None = field(
+        default=None, metadata={"help": "For each student class, the teacher's class or classes, as JSON."}
+    )
+    teacher_input_size: int | None = field(
+        default=None, metadata={"help": "Size that the teacher's images are resized to, in place of its own."}
+    )
+    teacher_preflight: bool = field(
+        default=True, metadata={"help": "Measure the teacher's top-1 on the evaluation data once, before training."}
+    )
+    teacher_metrics: bool = field(
+        default=False, metadata={"help": "Run the teacher in evaluation too and report the agreement with it."}
+    )
+
+    # --- The optimisation ---
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Epochs at which the learning rate is multiplied by lr_decay."}
+    )
+    lr_decay: float = field(default=0.1, metadata={"help": "Factor of the learning rate at each milestone."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of optim=sgd."})
+    nesterov: bool = field(default=False, metadata={"help": "Nesterov momentum of optim=sgd."})
+    decay_all_parameters: bool = field(
+        default=False, metadata={"help": "Decay biases and normalisation layers too, as the paper's protocols do."}
+    )
+
+    # --- Mixing ---
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup strength; 0 is off."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix strength; 0 is off."})
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed."})
+    mixup_switch_prob: float = field(
+        default=0.5, metadata={"help": "Probability of CutMix rather than mixup when both are on."}
+    )
+
+    # --- Changed defaults ---
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "The batch entry that holds the labels."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop the columns that the student's forward does not take."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave non-finite losses out of the logged average."}
+    )
+
+    def __post_init__(self) -> None:
+        check_loss_name(self.loss)
+        self._resolve_gamma()
+        self._check_ranges()
+        if isinstance(self.teacher_class_map, str):
+            try:
+                self.teacher_class_map = json.loads(self.teacher_class_map)
+            except ValueError:
+                raise ValueError(
+                    f"`teacher_class_map` must be JSON, a list or an object, got {self.teacher_class_map!r}."
+                ) from None
+        if self.optim == OptimizerNames.SGD and not self.optim_args:
+            self.optim_args = f"momentum={self.momentum},nesterov={self.nesterov}"
+        super().__post_init__()
+        if self.device.type == "cpu":
+            # Nothing to pin for; torch would warn about it in every epoch.
+            self.dataloader_pin_memory = False
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the objective has a distillation term."""
+        return self.loss != "ce" and self.beta != 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+    def _resolve_gamma(self) -> None:
+        if self.temperature is not None:
+            functional.check_positive("temperature", self.temperature)
+            gamma = 1.0 / self.temperature
+            if self.gamma is not None and not math.isclose(self.gamma, gamma, rel_tol=1e-6):
+                raise ValueError(
+                    f"`gamma`={self.gamma} and `temperature`={self.temperature} contradict each other (gamma = "
+                    "1/temperature): give one of them."
+                )
+            self.gamma = gamma if self.gamma is None else self.gamma
+        if self.gamma is None and self.loss in LOSSES:
+            self.gamma = getattr(LOSSES[self.loss], "default_gamma", None)
+        if self.gamma is not None:
+            functional.check_gamma(self.gamma)
+            self.temperature = 1.0 / self.gamma
+
+    def _check_ranges(self) -> None:
+        if self.beta != "auto":
+            try:
+                self.beta = float(self.beta)
+            except (TypeError, ValueError):
+                raise ValueError(f'`beta` must be a number or "auto", got {self.beta!r}.') from None
+            self._check("beta", "a number of at least 0", self.beta >= 0)
+        self._check("ce_weight", "a number of at least 0", self.ce_weight >= 0)
+        if self.ce_weight == 0 and not self.uses_teacher:
+            raise ValueError(
+                f"There is nothing to train on: `ce_weight` is 0 and so is the distillation term (loss={self.loss!r}, "
+                f"beta={self.beta}). Give one of them a positive weight."
+            )
+        self._check("balance_lambda", "in [0, 1)", 0 <= self.balance_lambda < 1)
+        self._check("auto_beta_samples", "at least 1", self.auto_beta_samples >= 1)
+        self._check("label_smoothing_factor", "in [0, 1)", 0 <= self.label_smoothing_factor < 1)
+        self._check("lr_decay", "in (0, 1]", 0 < self.lr_decay <= 1)
+        self._check("momentum", "in [0, 1)", 0 <= self.momentum < 1)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            self._check(name, "a number of at least 0", getattr(self, name) >= 0)
+        for name in ("mixup_prob", "mixup_switch_prob"):
+            self._check(name, "in [0, 1]", 0 <= getattr(self, name) <= 1)
+        milestones = self.lr_milestones or []
+        self._check(
+            "lr_milestones", "increasing epochs above 0", milestones == sorted({m for m in milestones if m > 0})
+        )
+        if not self.label_names or len(self.label_names) != 1:
+            raise ValueError(
+                f'`label_names` must name the one batch entry that holds the labels (such as ["labels"]), got '
+                f"{self.label_names}."
+            )
+
+    def _check(self, name: str, allowed: str, valid: bool) -> None:
+        value = getattr(self, name)
+        if not valid or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"`{name}` must be {allowed}, got {value}.")

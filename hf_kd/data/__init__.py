@@ -1,0 +1,39 @@
+from .collate import collate
+from .digits import (
+    DIGITS_CLASS_NAMES,
+    DIGITS_MEAN,
+    DIGITS_SIZE,
+    DIGITS_STD,
+    DigitsDataset,
+    DigitsSplit,
+    DigitsSplits,
+    load_digits,
+)
+from .images import HubImageDataset, HubImageStream, ImageFolderDataset, load_image, load_image_dataset, to_rgb
+from .transforms import eval_transform, train_transform
+from .views import EpochCallback, set_dataset_epoch, view_rng, view_seed
+
+
+__all__ = [
+    "DIGITS_CLASS_NAMES",
+    "DIGITS_MEAN",
+    "DIGITS_SIZE",
+    "DIGITS_STD",
+    "DigitsDataset",
+    "DigitsSplit",
+    "DigitsSplits",
+    "EpochCallback",
+    "HubImageDataset",
+    "HubImageStream",
+    "ImageFolderDataset",
+    "collate",
+    "eval_transform",
+    "load_digits",
+    "load_image",
+    "load_image_dataset",
+    "set_dataset_epoch",
+    "to_rgb",
+    "train_transform",
+    "view_rng",
+    "view_seed",
+]

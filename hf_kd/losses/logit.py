@@ -1,0 +1,242 @@
+"""Losses on logits as modules that a configuration can name.
+
+A loss module sees the outputs of both networks and returns its value per sample, with whatever statistics are worth
+logging. It knows nothing of models, trainers or the weight it will get.
+
+Adding one: subclass :class:`LogitLoss` (or :class:`TransformedTeacherLoss` if it has a gamma) and decorate it with
+``@register_loss("name")``; ``DistillationConfig(loss="name")`` then finds it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import functional
+
+
+@dataclass
+class Outputs:
+    """What a network gave for a batch, with the softmax that several terms need computed once.
+
+    Attributes:
+        logits: (..., K) as the network gave them (fp32 or fp64).
+        raw: the network's own return value, for hidden states and the like; None for a teacher.
+    """
+
+    logits: Tensor
+    raw: Any = None
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """``log softmax(logits)``, (..., K): computed on first use, for cross-entropy and the distillation term."""
+        return functional.log_probabilities(self.logits)
+
+
+class LogitLoss(nn.Module):
+    """Base of the named losses.
+
+    ``forward(student, teacher, labels)`` returns a dict of tensors: ``"distill"``, the value per sample of shape (...)
+    or as a scalar mean, and any statistics to log, per sample or as a scalar.
+    """
+
+    needs_labels: bool = False
+    """Whether ``labels`` must be given."""
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} must define forward(student, teacher, labels).")
+
+    def balanced_beta(self, lam: float, mean_power_sum: float) -> float:
+        """The weight at which this loss keeps KD's balance with the labels at λ; the meaning of ``beta="auto"``."""
+        raise ValueError(
+            f'beta="auto" is defined for the losses that the paper balances with KD (Eq. 19), not for '
+            f"{type(self).__name__}: give `beta` as a number."
+        )
+
+
+LOSSES: dict[str, type[LogitLoss]] = {}
+
+
+def register_loss(name: str) -> Callable[[type[LogitLoss]], type[LogitLoss]]:
+    """Class decorator that makes a loss available to configurations as ``name``. Raises ValueError on a taken name."""
+
+    def register(cls: type[LogitLoss]) -> type[LogitLoss]:
+        if name in LOSSES or name == "ce":
+            raise ValueError(f"A loss named {name!r} is registered already; choose another name for {cls.__name__}.")
+        LOSSES[name] = cls
+        return cls
+
+    return register
+
+
+def check_loss_name(name: str) -> str:
+    """The name itself, or ValueError with the nearest one if no such loss exists ("ce" means no distillation term)."""
+    names = ["ce", *LOSSES]
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown `loss` {name!r}; it must be one of {', '.join(names)}.{hint}")
+    return name
+
+
+def build_loss(name: str, *, gamma: float | None = None, **kwargs: Any) -> LogitLoss:
+    """The loss registered as ``name``; gamma is passed to the losses that have one.
+
+    Raises:
+        ValueError: for an unknown name, an argument the loss does not take or lacks, or a value out of range.
+    """
+    if check_loss_name(name) == "ce":
+        raise ValueError('"ce" is cross-entropy on the labels alone: it has no distillation term to build.')
+    cls = LOSSES[name]
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    if gamma is not None and "gamma" in parameters:
+        kwargs.setdefault("gamma", gamma)
+    unknown = sorted(set(kwargs) - set(parameters))
+    if unknown:
+        raise ValueError(
+            f"The loss {name!r} takes {', '.join(parameters) or 'no arguments'}, not {', '.join(unknown)}: "
+            "correct `loss_kwargs`."
+        )
+    missing = [
+        key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in kwargs
+    ]
+    if missing:
+        raise ValueError(f"The loss {name!r} needs a value for {', '.join(missing)}, and none was given.")
+    return cls(**kwargs)
+
+
+class TransformedTeacherLoss(LogitLoss):
+    """A loss with the exponent gamma = 1/T of the paper's power transform; logs the teacher's power sum U.
+
+    Args:
+        gamma: in (0, 1]. Raises ValueError outside.
+    """
+
+    default_gamma: float = 0.8
+    """What a configuration takes when it gives neither gamma nor temperature: the paper's value on ImageNet."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = functional.check_gamma(gamma)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}"
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
+        _, teacher_logits = functional.check_logits(student.logits, teacher.logits)
+        log_p, log_u = functional.transformed_teacher(teacher_logits, self.gamma)
+        power_sum = log_u.exp()
+        return {"distill": self.per_sample(student, log_p, power_sum), "power_sum": power_sum}
+
+    def per_sample(self, student: Outputs, log_p: Tensor, power_sum: Tensor) -> Tensor:
+        """The loss of each sample, (...), from the transformed teacher log p_T (..., K) and its power sum U (...)."""
+        raise TypeError(f"{type(self).__name__} must define per_sample(student, log_p, power_sum).")
+
+
+@register_loss("kd")
+class KD(TransformedTeacherLoss):
+    """``T² D(p_T || q_T)``; see :func:`hf_kd.losses.kd_loss`. The λ form is ``ce_weight=1-λ, beta=λ``."""
+
+    default_gamma = 0.25
+
+    def per_sample(self, student: Outputs, log_p: Tensor, power_sum: Tensor) -> Tensor:
+        # log softmax(gamma z) from log q: adding a constant to a row does not change its softmax.
+        log_q = (
+            student.log_probs if self.gamma == 1.0 else functional.log_probabilities(self.gamma * student.log_probs)
+        )
+        return functional.divergence(log_p, log_q) / self.gamma**2
+
+    def balanced_beta(self, lam: float, mean_power_sum: float) -> float:
+        # T² is inside the loss already: what is left of KD's balance is λ/(1-λ).
+        return functional.balanced_beta(lam, temperature=1.0)
+
+
+@register_loss("ttm")
+class TTM(TransformedTeacherLoss):
+    """``D(p_T || q)``; see :func:`hf_kd.losses.ttm_loss`."""
+
+    def per_sample(self, student: Outputs, log_p: Tensor, power_sum: Tensor) -> Tensor:
+        return functional.divergence(log_p, student.log_probs)
+
+    def balanced_beta(self, lam: float, mean_power_sum: float) -> float:
+        return functional.balanced_beta(lam, 1.0 / self.gamma)
+
+
+@register_loss("wttm")
+class WTTM(TransformedTeacherLoss):
+    """``U_gamma(p) D(p_T || q)``; see :func:`hf_kd.losses.wttm_loss`."""
+
+    def per_sample(self, student: Outputs, log_p: Tensor, power_sum: Tensor) -> Tensor:
+        return power_sum * functional.divergence(log_p, student.log_probs)
+
+    def balanced_beta(self, lam: float, mean_power_sum: float) -> float:
+        return functional.balanced_beta(lam, 1.0 / self.gamma, mean_power_sum)
+
+
+class CallableLoss(LogitLoss):
+    """A user's own function or module ``f(student_logits, teacher_logits, labels)`` in the place of a named loss.
+
+    It may return a tensor (one value per sample, or a scalar mean over the batch) or a dict with at least "distill".
+    A function of two arguments is called without labels.
+    """
+
+    def __init__(self, function: Callable[..., Tensor | dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.function = function
+        parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+        positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+        self.takes_labels = variadic or len(positional) > 2
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
+        arguments = (student.logits, teacher.logits) + ((labels,) if self.takes_labels else ())
+        value = self.function(*arguments)
+        return value if isinstance(value, dict) else {"distill": value}
+
+
+def cross_entropy(
+    student: Outputs, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy on the labels, and over how many samples it was summed.
+
+    Args:
+        student: outputs whose ``log_probs`` are (..., K).
+        labels: class indices (...), where ``ignore_index`` marks samples without a label; or probabilities (..., K).
+        ignore_index: the label that means "no label".
+        label_smoothing: in [0, 1); mixes the target with the uniform distribution.
+
+    Returns:
+        ``(sum, count)``, both scalars; an all-unlabelled batch gives (0, 0).
+
+    Raises:
+        ValueError: if the labels have neither of the two shapes.
+    """
+    log_probs = student.log_probs
+    wanted = log_probs.shape if labels.dtype.is_floating_point else log_probs.shape[:-1]
+    if labels.shape != wanted:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} do not go with logits of shape "
+            f"{tuple(log_probs.shape)}: give integer classes of shape (...) or probabilities of shape (..., classes)."
+        )
+    if labels.dtype.is_floating_point:
+        total = -(labels.to(log_probs.dtype) * log_probs).sum()
+        mask = torch.ones(log_probs.shape[:-1], dtype=torch.bool, device=log_probs.device)
+    else:
+        mask = labels != ignore_index
+        total = F.nll_loss(log_probs.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    if label_smoothing:
+        uniform = torch.where(mask, -log_probs.mean(dim=-1), 0.0).sum()
+        total = (1.0 - label_smoothing) * total + label_smoothing * uniform
+    return total, mask.sum()

@@ -1,0 +1,33 @@
+"""Running averages of a training loop, kept on the device and reduced once per log."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Meters:
+    """Weighted means by name, accumulated without ever waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Add a sum over ``count`` samples, both scalars."""
+        pair = torch.stack([total.detach(), count.detach().to(total.dtype)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_values(self, name: str, values: Tensor) -> None:
+        """Add one value per sample."""
+        self.add(name, values.sum(), torch.tensor(values.numel(), device=values.device))
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Mean of everything added since the last call, over all processes; every process must call it."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        stacked = torch.stack([self._sums[name].float() for name in names])
+        sums = accelerator.reduce(stacked, reduction="sum")
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}

@@ -1,0 +1,277 @@
+"""The student: built by a timm name, saved so that timm and transformers both open it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from .networks import check_sequence, num_classes_of, unknown_timm_name, unwrap
+
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+# What of timm's pretrained_cfg describes the network or its preprocessing, rather than where some weights came from.
+_KEPT_CFG = (
+    "input_size",
+    "min_input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "num_classes",
+    "pool_size",
+    "first_conv",
+    "classifier",
+)
+
+
+class Student(TimmWrapperForImageClassification):
+    """A timm network in transformers' clothes, made by :func:`create_student`.
+
+    ``student(pixel_values).logits`` is (B, num_classes); ``student.timm_model`` is timm's module. Its own
+    ``save_pretrained`` writes a folder that timm and transformers both open.
+    """
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write ``model.safetensors`` (timm's own keys) and ``config.json``; see :func:`save_student`."""
+        if push_to_hub:
+            raise ValueError("save_pretrained writes a folder; publish it with huggingface_hub's upload_folder.")
+        if is_main_process:
+            save_student(self, save_directory, state_dict=state_dict)
+
+
+def create_student(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    label_names: Sequence[str] | None = None,
+    pretrained: bool = False,
+    in_chans: int = 3,
+    img_size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+    **timm_kwargs: Any,
+) -> Student:
+    """A student network by its timm name.
+
+    Args:
+        name: a timm model, such as ``"resnet18"``; with a tag it says which weights ``pretrained`` means.
+        num_classes: how many classes; by default the number of label names, or timm's own count.
+        label_names: the classes' names, in order, saved with the model.
+        pretrained: start from published weights (fetched by timm) instead of timm's initialisation.
+        in_chans: channels of the images.
+        img_size: height and width, or one number for both, of the images it is trained on.
+        mean, std: normalisation of its images, per channel, for pixel values in [0, 1]; timm's for this model by default
+            (with one channel: their mean).
+        interpolation, crop_pct: how images are resized and cropped at evaluation; timm's for this model by default.
+        timm_kwargs: further arguments of ``timm.create_model`` (JSON values, since they are saved in config.json).
+
+    Raises:
+        ValueError: for an unknown name (with near names), label names that do not fit, or statistics of a wrong length.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise unknown_timm_name(name)
+    if label_names is not None:
+        label_names = [str(label) for label in label_names]
+        num_classes = len(label_names) if num_classes is None else num_classes
+        check_sequence("label_names", label_names, num_classes)
+        if len(set(label_names)) != len(label_names):
+            raise ValueError(f"`label_names` must be different from one another, got {label_names}.")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
+
+    cfg = get_pretrained_cfg(name).to_dict()
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    cfg["input_size"] = (in_chans, *(size or cfg["input_size"][1:]))
+    if in_chans != 3:
+        timm_kwargs["in_chans"] = in_chans
+    # Only networks whose weights depend on the size (position embeddings) take it as an argument.
+    if size is not None and cfg.get("fixed_input_size"):
+        timm_kwargs["img_size"] = size[0] if size[0] == size[1] else list(size)
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            check_sequence(key, values, in_chans)
+            cfg[key] = tuple(float(value) for value in values)
+        elif len(cfg[key]) != in_chans:
+            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
+    cfg.update({key: value for key, value in (("interpolation", interpolation), ("crop_pct", crop_pct)) if value})
+
+    network = timm.create_model(
+        name, pretrained=pretrained, **({} if num_classes is None else {"num_classes": num_classes}), **timm_kwargs
+    )
+    cfg["num_classes"] = network.num_classes
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        num_labels=network.num_classes,
+        pretrained_cfg={key: cfg[key] for key in _KEPT_CFG if key in cfg},
+        model_args=timm_kwargs,
+    )
+    if label_names is not None:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {label: number for number, label in enumerate(label_names)}
+    # On the meta device: transformers builds the network again and would draw its own initial weights over timm's.
+    with torch.device("meta"), no_init_weights():
+        student = Student(config)
+    student.timm_model = network
+    student.timm_model.pretrained_cfg = {**network.pretrained_cfg, **config.pretrained_cfg}
+    return student.train()
+
+
+# ---- Saving and loading --------------------------------------------------------------------------------------------
+
+
+def save_student(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    label_names: Sequence[str] | None = None,
+) -> None:
+    """Save a student into a folder.
+
+    A timm network (bare, or in transformers' wrapper) becomes ``model.safetensors`` with timm's own keys and a
+    ``config.json`` that ``timm.create_model("local-dir:…")`` and ``AutoModelForImageClassification`` both read, with the
+    labels and the preprocessing. Any other transformers model is saved by its own ``save_pretrained``, and any other
+    module as ``model.safetensors`` alone.
+
+    Args:
+        model: the student; wrappers of torch.compile and DistributedDataParallel are taken off.
+        folder: made if missing.
+        state_dict: weights to save in place of the model's own (as gathered by FSDP or DeepSpeed).
+        label_names: for a bare timm network, the names of its classes.
+    """
+    model = unwrap(model)
+    os.makedirs(folder, exist_ok=True)
+    config = _export_config(model, label_names)
+    if config is None and isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict=state_dict)
+        return
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    save_file(_clean(state_dict), Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    if config is not None:
+        (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_student_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load what :func:`save_student` wrote into a network of the same shape, every tensor of it.
+
+    Raises:
+        ValueError: if keys are missing or left over, or shapes differ: the folder holds another network.
+    """
+    model = unwrap(model)
+    state_dict = load_file(Path(folder) / WEIGHTS)
+    own = model.state_dict(keep_vars=True)
+    names = {_clean_key(key): key for key in own}
+    weights = {names.get(_clean_key(key), key): value for key, value in state_dict.items()}
+    # Tied weights are saved once: whatever shares its storage with a saved tensor is there too.
+    saved = {own[key].data_ptr() for key in weights.keys() & own.keys()}
+    missing = sorted(key for key in own.keys() - weights.keys() if own[key].data_ptr() not in saved)
+    unexpected = sorted(weights.keys() - own.keys())
+    shapes = sorted(key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape)
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"The checkpoint {folder} holds another network than this student ({type(model).__name__}): {len(missing)} "
+            f"tensors missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
+            f" (such as {next(iter(missing + unexpected + shapes))})."
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+def _clean_key(key: str) -> str:
+    return key.replace("_orig_mod.", "").removeprefix("module.").removeprefix("timm_model.")
+
+
+def _clean(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bare keys; tensors contiguous and each storage once, as safetensors wants them."""
+    cleaned: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for key, value in state_dict.items():
+        identity = (value.data_ptr(), value.shape)
+        if value.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        cleaned[_clean_key(key)] = value.detach().contiguous().cpu()
+    return cleaned
+
+
+def _export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[str, Any] | None:
+    """config.json of a timm network for timm and transformers, or None for any other model."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        source, network = model.config, model.timm_model
+        architecture, arguments = source.architecture, dict(source.model_args or {})
+        cfg = dict(getattr(source, "pretrained_cfg", None) or network.pretrained_cfg)
+        default_labels = all(name == f"LABEL_{number}" for number, name in source.id2label.items())
+        label_names = label_names or (
+            None if default_labels else [source.id2label[i] for i in range(source.num_labels)]
+        )
+    else:
+        cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+        network, architecture, arguments = model, cfg.get("architecture"), {}
+        if not architecture or not timm.is_model(architecture):
+            return None
+        arguments = _arguments_of_bare(network, architecture)
+        if arguments is None:
+            return None
+    num_classes = num_classes_of(network)
+    if num_classes is None:
+        return None
+    if label_names is not None:
+        check_sequence("label_names", label_names, num_classes)
+    cfg = {key: cfg[key] for key in _KEPT_CFG if cfg.get(key) is not None}
+    arguments.pop("num_classes", None)
+    if "in_chans" in arguments:
+        cfg["input_size"] = [arguments["in_chans"], *cfg["input_size"][1:]]
+    return {
+        "architecture": architecture,
+        "architectures": ["TimmWrapperForImageClassification"],
+        "model_type": "timm_wrapper",
+        "num_classes": num_classes,
+        # Without names of its own, a network of 1000 classes would be given ImageNet's by transformers.
+        "label_names": list(label_names) if label_names else [f"LABEL_{number}" for number in range(num_classes)],
+        "model_args": arguments,
+        "pretrained_cfg": {**cfg, "num_classes": num_classes},
+    }
+
+
+def _arguments_of_bare(network: nn.Module, architecture: str) -> dict[str, Any] | None:
+    """timm.create_model arguments that give a network of these shapes, or None: timm does not record them itself."""
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    channels = next((value.shape[1] for value in network.state_dict().values() if value.dim() == 4), 3)
+    arguments: dict[str, Any] = {} if channels == 3 else {"in_chans": int(channels)}
+    with torch.device("meta"):
+        rebuilt = timm.create_model(architecture, num_classes=network.num_classes, **arguments)
+    if {key: value.shape for key, value in rebuilt.state_dict().items()} == shapes:
+        return arguments
+    logger.warning(
+        "This %s was built with arguments that timm does not record, so the folder will hold its weights alone and no name "
+        "to open it by. Build the student with hf_kd.create_student to have a folder that timm and transformers open.",
+        architecture,
+    )
+    return None

@@ -1,0 +1,419 @@
+"""The teacher: a frozen network that gives logits for the student's batches, whatever preprocessing it was made for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging
+
+from .networks import InputConverter, Preprocessing, Signature, logits_of, num_classes_of, unknown_timm_name
+
+
+logger = logging.get_logger(__name__)
+
+ClassMap = Sequence["int | Sequence[int]"] | Mapping[int, "int | Sequence[int]"]
+
+
+class Teacher(nn.Module):
+    """A frozen teacher: always in eval mode, without gradients, its logits in fp32 (fp64 stays fp64).
+
+    ``teacher(pixel_values)`` or ``teacher(**inputs)`` returns logits (B, K). ``teacher.model`` is the network itself.
+
+    Args:
+        model: a module (timm, transformers or any other whose output holds logits), or a callable
+            ``f(**inputs) -> logits``. A module is frozen in place. A callable gets the batch as it is, and is on its own
+            as to preprocessing.
+        name: how the teacher is called in logs and cards; by default its class, or its timm architecture.
+        class_map: for a teacher with other classes than the student: for each student class the teacher's class, or
+            classes, whose probability it takes. Logits of several classes are merged by logsumexp.
+        preprocessing: mean, std, size and interpolation that the network was trained with; by default what it declares.
+        input_size: height and width (or one number for both) to resize its images to, in place of ``preprocessing``'s.
+
+    Raises:
+        TypeError: if model is neither a module nor a callable.
+        ValueError: for a class_map that names classes the teacher does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        *,
+        name: str | None = None,
+        class_map: ClassMap | None = None,
+        preprocessing: Preprocessing | None = None,
+        input_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(model):
+            raise TypeError(
+                f"A teacher must be a torch module or a callable that returns logits, got {type(model).__name__}. Names "
+                "and paths go through Teacher.from_pretrained."
+            )
+        self.model = model
+        self.name = name or _default_name(model)
+        self.preprocessing = preprocessing or Preprocessing.of(model)
+        if input_size is not None:
+            self.preprocessing = _resized(self.preprocessing, input_size, self.name)
+        self.class_groups = _class_groups(class_map)
+        self.own_num_classes = num_classes_of(model)
+        if self.class_groups and self.own_num_classes:
+            largest = max(max(group) for group in self.class_groups)
+            if largest >= self.own_num_classes:
+                raise ValueError(
+                    f"`class_map` names the teacher's class {largest}, but {self.name} has the classes 0 to "
+                    f"{self.own_num_classes - 1}."
+                )
+        self.converter: InputConverter | None = None
+        self._signature = Signature.of(model)
+        self._dtype: torch.dtype | None = None
+        if isinstance(model, nn.Module):
+            model.requires_grad_(False)
+            self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        self.train(False)
+
+    # ---- Making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        num_classes: int | None = None,
+        checkpoint: str | Path | None = None,
+        class_map: ClassMap | None = None,
+        preprocessing: Preprocessing | None = None,
+        input_size: int | tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Teacher:
+        """Load a teacher by name.
+
+        Args:
+            name_or_path: a timm name (``"resnet34.tv_in1k"``); ``"hf-hub:owner/name[@revision]"`` for a timm repository
+                on the Hub; ``"owner/name"`` for a transformers one; a local folder saved by timm, transformers or
+                hf_kd; or a weights file in such a folder.
+            num_classes: the class count of the weights in ``checkpoint``; otherwise a check on what was loaded. A
+                teacher never gets a new, untrained head.
+            checkpoint: a weights file for the named timm architecture: safetensors, or ``.pth`` with the weights at the
+                top or under ``model`` or ``state_dict``, read without unpickling code.
+            class_map, preprocessing, input_size: see :class:`Teacher`.
+            options: for ``timm.create_model``, such as ``in_chans``.
+
+        Raises:
+            ValueError: for an unknown name (with near names), a path that does not exist, a class count that does not
+                agree, or a checkpoint of another architecture.
+            RuntimeError: if weights could not be fetched or read.
+        """
+        name = str(name_or_path)
+        path = Path(name).expanduser()
+        if checkpoint is not None:
+            model = _timm_model(name, num_classes=num_classes, **options)
+            _load_weights(model, Path(checkpoint).expanduser(), name)
+        elif path.is_file():
+            if not (path.parent / "config.json").is_file():
+                raise ValueError(
+                    f"The weights file {name} has no config.json beside it that says which network it belongs to: give the "
+                    "architecture as the name and the file as `checkpoint`."
+                )
+            model = timm.create_model(f"local-dir:{path.parent}", **options)
+            _load_weights(model, path, name)
+        elif path.is_dir():
+            model, preprocessing = _from_folder(path, preprocessing, options)
+        elif name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+            model = _fetch(name, lambda: timm.create_model(name, pretrained=True, **options))
+        elif "/" in name or name.startswith("."):
+            if name.startswith((".", "/", "~")) or name.count("/") > 1:
+                raise ValueError(
+                    f"The teacher {name} does not exist: give a folder, a weights file or a model's name."
+                )
+            model, preprocessing = _from_transformers(name, preprocessing)
+        else:
+            model = _fetch(name, lambda: _timm_model(name, pretrained=True, **options))
+        found = num_classes_of(model)
+        if num_classes is not None and found is not None and found != num_classes:
+            raise ValueError(
+                f"The teacher {name} has {found} classes, not the {num_classes} asked for: give `class_map` to use some of "
+                "them, or a `checkpoint` that was trained on yours."
+            )
+        return cls(model, name=name, class_map=class_map, preprocessing=preprocessing, input_size=input_size)
+
+    @classmethod
+    def wrap(cls, teacher: Any, **options: Any) -> Teacher:
+        """A teacher from whatever a trainer accepts: a name, a path, a module, a callable, a Teacher, or a list of these.
+
+        A list becomes an :class:`Ensemble`. The options are those of :meth:`from_pretrained`; only names take
+        ``num_classes`` and ``checkpoint``, and a Teacher is built already and takes none.
+        """
+        options = {key: value for key, value in options.items() if value is not None}
+        if isinstance(teacher, Teacher):
+            if options:
+                raise ValueError(
+                    f"The teacher {teacher.name} is built already, so {', '.join(sorted(options))} cannot be applied to "
+                    "it: give them where it is built."
+                )
+            return teacher
+        if isinstance(teacher, (str, Path)):
+            return cls.from_pretrained(teacher, **options)
+        if isinstance(teacher, (list, tuple)):
+            return Ensemble([cls.wrap(member, **options) for member in teacher])
+        for_names = sorted(options.keys() & {"num_classes", "checkpoint"})
+        if for_names:
+            raise ValueError(
+                f"{', '.join(for_names)} belong to a teacher given by name, not to a {type(teacher).__name__}: leave "
+                "them out, or give a name."
+            )
+        return cls(teacher, **options)
+
+    # ---- Using it --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many logits it gives, after the class map; None if the network does not say."""
+        return len(self.class_groups) if self.class_groups else self.own_num_classes
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is a network, rather than a callable about which nothing is known."""
+        return isinstance(self.model, nn.Module)
+
+    def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
+        """Prepare for a student's batches: check the class count and convert images from the student's preprocessing.
+
+        Args:
+            num_classes: of the student, None if unknown.
+            preprocessing: of the student's images, None if unknown or if its inputs are no images.
+
+        Raises:
+            ValueError: if the class counts differ, or the preprocessing of one of two image networks is unknown.
+        """
+        if num_classes is not None and self.num_classes is not None and num_classes != self.num_classes:
+            raise ValueError(
+                f"The student has {num_classes} classes and the teacher {self.name} has {self.num_classes}: give "
+                "`class_map` (config: teacher_class_map), with the teacher's class for each of the student's."
+            )
+        if not self.is_module or (self.preprocessing is None and preprocessing is None):
+            return
+        if self.preprocessing is None:
+            raise ValueError(
+                f"The teacher {self.name} does not say how its images are normalised, while the student's are: give "
+                "Teacher(model, preprocessing=Preprocessing(mean, std, input_size)), with the student's own values if "
+                "they are the same."
+            )
+        if preprocessing is None:
+            raise ValueError(
+                f"The teacher {self.name} wants images normalised by mean {self.preprocessing.mean} and std "
+                f"{self.preprocessing.std}, and the student does not say how its images are: build it with "
+                "create_student, or set its `pretrained_cfg` (mean, std, input_size)."
+            )
+        self.converter = InputConverter(preprocessing, self.preprocessing)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode, whatever is asked: a teacher's batch statistics and dropout are fixed."""
+        return super().train(False)
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        """Logits (B, K) in at least fp32, with no graph behind them."""
+        with torch.inference_mode():
+            if not self.is_module:
+                logits = logits_of(self.model(*args, **inputs))
+            else:
+                if not args:
+                    args, inputs = self._signature.select(inputs)
+                args = tuple(self._prepare(value) for value in args)
+                inputs = {key: self._prepare(value) for key, value in inputs.items()}
+                logits = logits_of(self.model(*args, **inputs))
+            if self.class_groups:
+                logits = self._merge_classes(logits)
+            if logits.dtype in (torch.float16, torch.bfloat16):
+                logits = logits.float()
+        # A tensor born in inference mode cannot be saved for a backward pass; its copy can.
+        return logits.clone()
+
+    def _prepare(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        if self._dtype is not None and not torch.is_autocast_enabled(value.device.type):
+            value = value.to(self._dtype)
+        return self.converter(value) if self.converter is not None and value.dim() == 4 else value
+
+    def _merge_classes(self, logits: Tensor) -> Tensor:
+        assert self.class_groups is not None
+        if all(len(group) == 1 for group in self.class_groups):
+            return logits[..., [group[0] for group in self.class_groups]]
+        merged = [torch.logsumexp(logits[..., group].float(), dim=-1) for group in self.class_groups]
+        return torch.stack(merged, dim=-1)
+
+
+class Ensemble(Teacher):
+    """Several teachers as one: the logarithm of the mean of their probabilities.
+
+    Each member keeps its own preprocessing and class map.
+
+    Raises:
+        ValueError: for an empty list, or members of different class counts.
+    """
+
+    def __init__(self, members: Sequence[Teacher]) -> None:
+        if not members:
+            raise ValueError("An ensemble of teachers needs at least one teacher, got an empty list.")
+        counts = {member.num_classes for member in members if member.num_classes is not None}
+        if len(counts) > 1:
+            raise ValueError(
+                "The teachers of an ensemble must give the same classes, got "
+                + ", ".join(f"{member.name}: {member.num_classes}" for member in members)
+                + "."
+            )
+        super().__init__(nn.ModuleList(members), name=" + ".join(member.name for member in members))
+        self.own_num_classes = next(iter(counts), None)
+
+    def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
+        for member in self.model:
+            member.match(num_classes, preprocessing)
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        log_probs = torch.stack([F.log_softmax(member(*args, **inputs), dim=-1) for member in self.model])
+        return torch.logsumexp(log_probs, dim=0) - math.log(len(self.model))
+
+
+def _default_name(model: Any) -> str:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    if cfg.get("architecture"):
+        return ".".join(filter(None, [cfg["architecture"], cfg.get("tag")]))
+    config_name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return config_name or getattr(model, "__name__", type(model).__name__)
+
+
+def _resized(preprocessing: Preprocessing | None, size: int | tuple[int, int], name: str) -> Preprocessing:
+    if preprocessing is None:
+        raise ValueError(
+            f"`input_size` needs to know how the teacher {name} wants its images: give `preprocessing` too, with mean and std."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return replace(preprocessing, input_size=(preprocessing.input_size[0], height, width))
+
+
+def _class_groups(class_map: ClassMap | None) -> list[list[int]] | None:
+    """One list of teacher classes for each student class, in order."""
+    if class_map is None:
+        return None
+    if isinstance(class_map, Mapping):
+        keys = {int(key): value for key, value in class_map.items()}
+        if sorted(keys) != list(range(len(keys))):
+            raise ValueError(
+                f"`class_map` must have the student's classes 0 to {len(keys) - 1} as its keys, got {sorted(keys)}."
+            )
+        class_map = [keys[key] for key in range(len(keys))]
+    groups = [[entry] if isinstance(entry, int) else list(entry) for entry in class_map]
+    for number, group in enumerate(groups):
+        if not group or not all(isinstance(entry, int) and entry >= 0 for entry in group):
+            raise ValueError(
+                f"`class_map` must give each student class one or more of the teacher's class numbers, got {group} for "
+                f"class {number}."
+            )
+    return groups or None
+
+
+def _timm_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+    options = {key: value for key, value in options.items() if value is not None}
+    if not name.startswith("local-dir:"):
+        architecture, _, tag = name.partition(".")
+        if not timm.is_model(architecture):
+            raise unknown_timm_name(name)
+        tags = timm.list_pretrained(f"{architecture}.*")
+        if tag and name not in tags:
+            raise ValueError(
+                f"timm has no weights {name!r}; for {architecture} there are {', '.join(tags) or 'none'}."
+            )
+        if pretrained and not tags:
+            raise ValueError(
+                f"timm has no weights for {architecture!r}, and an untrained network is no teacher: give `checkpoint`."
+            )
+    return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def _fetch(name: str, load: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return load()
+    except ValueError as error:
+        # Ours are sentences already; huggingface_hub's "not cached and offline" is a ValueError too.
+        if not isinstance(error, OSError):
+            raise
+        raise _not_fetched(name, error) from error
+    except Exception as error:
+        raise _not_fetched(name, error) from error
+
+
+def _not_fetched(name: str, error: Exception) -> RuntimeError:
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return RuntimeError(
+        f"The weights of {name} could not be loaded ({type(error).__name__}: {reason}). Without a network, give a local "
+        "folder, or a weights file as `checkpoint`."
+    )
+
+
+def _from_folder(
+    path: Path, preprocessing: Preprocessing | None, options: dict[str, Any]
+) -> tuple[nn.Module, Preprocessing | None]:
+    config = path / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"The teacher folder {path} holds no config.json: give a folder saved by timm, transformers or hf_kd, or an "
+            "architecture with `checkpoint`."
+        )
+    if '"architecture"' in config.read_text(encoding="utf-8"):
+        return _fetch(
+            str(path), lambda: timm.create_model(f"local-dir:{path}", pretrained=True, **options)
+        ), preprocessing
+    return _from_transformers(str(path), preprocessing)
+
+
+def _from_transformers(name: str, preprocessing: Preprocessing | None) -> tuple[nn.Module, Preprocessing | None]:
+    model = _fetch(name, lambda: AutoModelForImageClassification.from_pretrained(name))
+    preprocessing = preprocessing or Preprocessing.of(model)
+    if preprocessing is None:
+        try:
+            preprocessing = Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(name))
+        except (OSError, ValueError) as error:
+            logger.info("No image processor beside the teacher %s: %s", name, error)
+    return model, preprocessing
+
+
+def _load_weights(model: nn.Module, path: Path, name: str) -> None:
+    """Strictly, from safetensors or a ``.pth`` that holds nothing but tensors."""
+    if not path.is_file():
+        raise ValueError(f"The teacher's checkpoint {path} does not exist or is no file.")
+    try:
+        state_dict = load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RuntimeError(
+            f"The teacher's checkpoint {path} could not be read as plain weights ({reason}): give a safetensors file, or a "
+            ".pth with a state dict and nothing that needs code to run."
+        ) from error
+    expected = model.state_dict()
+    missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
+    shapes = [
+        f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
+        for key in expected.keys() & state_dict.keys()
+        if state_dict[key].shape != expected[key].shape
+    ]
+    if missing or unexpected or shapes:
+        found = [
+            f"{len(keys)} {what} (such as {min(keys)})"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if keys
+        ]
+        raise ValueError(
+            f"The checkpoint {path} does not fit {name}: of its tensors {', '.join(found)}. It belongs to another "
+            "architecture, or `num_classes` is wrong."
+        )
+    model.load_state_dict(state_dict)

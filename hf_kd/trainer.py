@@ -1,0 +1,647 @@
+"""The trainer: transformers' loop with a teacher in it. The formulas are in hf_kd.losses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import PredictionOutput, get_last_checkpoint, has_length
+from transformers.utils import logging
+
+from . import metrics
+from .config import DistillationConfig
+from .data.collate import collate
+from .data.mixing import BatchMixer
+from .data.views import EpochCallback
+from .labels import IGNORE_INDEX, is_soft, normalise_labels
+from .losses import Outputs, functional
+from .losses.logit import CallableLoss, LogitLoss, build_loss, cross_entropy
+from .meters import Meters
+from .networks import Preprocessing, Signature, logits_of, num_classes_of, unwrap
+from .preflight import mean_power_sum, teacher_top1
+from .student import WEIGHTS, load_student_weights, save_student
+from .teacher import Teacher
+
+
+logger = logging.get_logger(__name__)
+
+PROVENANCE = "distillation.json"
+
+
+class DistillationTrainer(Trainer):
+    """A transformers Trainer whose loss also listens to a teacher.
+
+    ``ce_weight · CE + beta · loss``, averaged over the samples of a whole optimiser step: over accumulated batches and
+    over processes, however uneven they are.
+
+    Args:
+        model: the student: from :func:`hf_kd.create_student`, a timm module, a transformers model, or any module that
+            returns logits.
+        teacher_model: a timm name, ``hf-hub:`` id, local folder, module, transformers model, :class:`hf_kd.Teacher`, a
+            callable ``f(**inputs) -> logits``, or a list of these (an ensemble). It is frozen, and never saved.
+        args: the configuration.
+        distillation_loss: a function or module ``f(student_logits, teacher_logits[, labels])`` in place of the loss
+            that ``args.loss`` names, returning one value per sample or their mean.
+        trainer_kwargs: everything that Trainer takes, as Trainer takes it. Without ``compute_metrics`` evaluation
+            reports top1, top5, nll, ece and entropy.
+
+    Subclasses override :meth:`compute_distillation_loss` or :meth:`compute_teacher_logits`.
+
+    Raises:
+        ValueError: for a missing teacher, class counts that differ, an unknown preprocessing, and settings that
+            contradict each other.
+    """
+
+    # compute_loss divides by the sample count of the whole optimiser step, so the loop must not divide again.
+    loss_is_scaled_for_ga = True
+
+    args: DistillationConfig
+
+    _tag_names = ["knowledge-distillation", "timm", "hf_kd"]
+    _paper = {
+        "title": "Knowledge Distillation Based on Transformed Teacher Matching",
+        "authors": "K. Zheng and E.-H. Yang",
+        "venue": "ICLR 2024",
+        "id": "2402.11148",
+    }
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        teacher_model: Any = None,
+        args: DistillationConfig | None = None,
+        *,
+        distillation_loss: Callable[..., Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        args = DistillationConfig() if args is None else args
+        if not isinstance(args, DistillationConfig):
+            raise TypeError(f"`args` must be a DistillationConfig, got {type(args).__name__}.")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(
+                f"`model` must be a torch module, got {type(model).__name__}: build the student with "
+                "hf_kd.create_student(name, num_classes=...)."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible and no launcher is running, which would mean torch's DataParallel: "
+                f"start the script with `accelerate launch --multi_gpu --num_processes {args.n_gpu} SCRIPT.py`, or "
+                "choose one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        self.teacher = self._build_teacher(teacher_model, args, model)
+        self.distillation_loss = self._build_loss(args, distillation_loss)
+        self.beta: float | None = None if args.beta == "auto" else float(args.beta)
+        self.teacher_top1: float | None = None
+        self._default_metrics = (
+            trainer_kwargs.get("compute_metrics") is None
+            and trainer_kwargs.get("preprocess_logits_for_metrics") is None
+        )
+        if self._default_metrics:
+            trainer_kwargs["compute_metrics"] = _summarise
+            trainer_kwargs["preprocess_logits_for_metrics"] = _reduce_logits
+        if trainer_kwargs.get("data_collator") is None and trainer_kwargs.get("processing_class") is None:
+            trainer_kwargs["data_collator"] = collate
+        trainer_kwargs["callbacks"] = [EpochCallback(), *(trainer_kwargs.get("callbacks") or [])]
+        with _without_label_smoothing(args):
+            super().__init__(model, args, **trainer_kwargs)
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` would replace the distillation objective: pass `distillation_loss`, or override "
+                "compute_distillation_loss."
+            )
+        self.model_accepts_loss_kwargs = False
+        student = unwrap(self.model)
+        self._student_signature = Signature.of(student)
+        self._student_classes = num_classes_of(student)
+        self._meters = Meters()
+        self._logged_components: dict[str, float] = {}
+        self._nonfinite: Tensor | None = None
+        self._steps_per_epoch: int | None = None
+        self._mixer: BatchMixer | None = None
+        if self.teacher is not None:
+            self.teacher.match(self._student_classes, Preprocessing.of(student))
+            self.teacher.to(self.args.device)
+
+    # ---- Set-up ----------------------------------------------------------------------------------------------------
+
+    def _build_teacher(self, teacher: Any, args: DistillationConfig, student: nn.Module | None) -> Teacher | None:
+        if teacher is None:
+            supplied = type(self).compute_teacher_logits is not DistillationTrainer.compute_teacher_logits
+            if args.uses_teacher and not supplied:
+                raise ValueError(
+                    f'loss="{args.loss}" needs a teacher: pass `teacher_model` (a timm name, a folder, a module, '
+                    '...), or train on the labels alone with loss="ce".'
+                )
+            return None
+        if isinstance(teacher, nn.Module) and student is not None and unwrap(teacher) is unwrap(student):
+            raise ValueError(
+                "Teacher and student are the same module, and a teacher is frozen: pass copy.deepcopy(model) as the "
+                "teacher."
+            )
+        return Teacher.wrap(
+            teacher,
+            checkpoint=args.teacher_checkpoint,
+            num_classes=args.teacher_num_classes,
+            class_map=args.teacher_class_map,
+            input_size=args.teacher_input_size,
+        )
+
+    @staticmethod
+    def _build_loss(args: DistillationConfig, own: Callable[..., Any] | None) -> LogitLoss | None:
+        if own is None:
+            return build_loss(args.loss, gamma=args.gamma, **(args.loss_kwargs or {})) if args.loss != "ce" else None
+        if not callable(own):
+            raise TypeError(f"`distillation_loss` must be a function or a module, got {type(own).__name__}.")
+        if isinstance(own, nn.Module) and any(p.requires_grad for p in own.parameters()):
+            raise ValueError(
+                "`distillation_loss` has parameters of its own, which this trainer would neither train nor save: make "
+                "them part of the student, or fix them with requires_grad_(False)."
+            )
+        return own if isinstance(own, LogitLoss) else CallableLoss(own)
+
+    # ---- What subclasses override ----------------------------------------------------------------------------------
+
+    def compute_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The teacher's logits for a batch, (B, K), fp32 or fp64, without a graph.
+
+        Args:
+            inputs: the batch as the student sees it (mixed if mixing is on), labels included.
+        """
+        assert self.teacher is not None
+        # A callable gets the whole batch: it may know its samples by their index.
+        entries = inputs if not self.teacher.is_module else self._network_inputs(inputs)
+        with self.accelerator.autocast():
+            return self.teacher(**entries)
+
+    def compute_distillation_loss(
+        self, student_outputs: Outputs, teacher_outputs: Outputs, inputs: Mapping[str, Any]
+    ) -> Tensor | dict[str, Tensor]:
+        """The distillation loss of a batch, before its weight beta.
+
+        Args:
+            student_outputs, teacher_outputs: ``.logits`` (B, K), and ``.log_probs``, computed once. The student's
+                ``.raw`` is what its forward returned.
+            inputs: the batch, labels included (under ``args.label_names``).
+
+        Returns:
+            A tensor of one value per sample, (B,), or their mean; or a dict with that as "distill" and further tensors
+            to log. A mean over something other than samples is taken as it is.
+        """
+        assert self.distillation_loss is not None
+        return self.distillation_loss(student_outputs, teacher_outputs, inputs.get(self._label_name))
+
+    # ---- The loss --------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The objective on one batch, as its share of the whole optimiser step.
+
+        ``num_items_in_batch`` holds how many samples, and how many labels, the step has over all its batches and
+        processes; without it the batch is taken to be the whole step.
+        """
+        inputs = self._with_checked_labels(inputs)
+        if model.training:
+            inputs = self._mixed(inputs)
+        labels = inputs.get(self._label_name)
+        distils = self.args.uses_teacher
+        # Teacher first: its activations are gone before the student's, which wait for the backward pass, are made.
+        teacher = Outputs(self.compute_teacher_logits(inputs)) if distils else None
+        student = self._student_outputs(model, inputs)
+        if teacher is not None and teacher.logits.shape != student.logits.shape:
+            raise ValueError(
+                f"The teacher gave logits of shape {tuple(teacher.logits.shape)} and the student "
+                f"{tuple(student.logits.shape)} for the same batch: give `class_map` (config: teacher_class_map) if "
+                "they have different classes."
+            )
+        own_samples, own_labels = self._count(inputs)
+        step_samples, step_labels = (own_samples, own_labels) if num_items_in_batch is None else num_items_in_batch
+        # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
+        processes = 1 if num_items_in_batch is None else self._loss_scale
+
+        terms: dict[str, Tensor] = {}
+        if self.args.ce_weight:
+            if labels is None:
+                raise ValueError(
+                    f"The batch has no {self._label_name!r} (it has {', '.join(inputs)}), and `ce_weight` is "
+                    f"{self.args.ce_weight}: add the labels, or set ce_weight=0 to learn from the teacher alone."
+                )
+            smoothing = 0.0 if labels.is_floating_point() else self.args.label_smoothing_factor
+            ce, labelled = cross_entropy(student, labels, label_smoothing=smoothing)
+            terms["ce"] = self.args.ce_weight * processes * ce / step_labels.clamp_min(1)
+            self._meters.add("ce", ce, labelled)
+        if teacher is not None:
+            terms["distill"] = self._distillation_term(student, teacher, inputs, own_samples, step_samples, processes)
+        with torch.no_grad():
+            self._meters.add_values("student_entropy", functional.entropy(student.log_probs))
+        loss = sum(terms.values())
+        self._check_finite(loss, terms, student, teacher)
+        return (loss, student.raw) if return_outputs else loss
+
+    def _distillation_term(
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        inputs: Mapping[str, Any],
+        own_samples: Tensor,
+        step_samples: Tensor,
+        processes: int,
+    ) -> Tensor:
+        parts = self.compute_distillation_loss(student, teacher, inputs)
+        parts = parts if isinstance(parts, dict) else {"distill": parts}
+        mask = self._sample_mask(inputs, student.logits)
+        means = {}
+        for name, value in parts.items():
+            if mask is not None and value.shape == mask.shape:
+                means[name] = torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
+            else:
+                means[name] = value.mean()
+            self._meters.add(name, means[name] * own_samples, own_samples)
+        if self.beta is None:
+            self.beta = self._measure_beta()
+        return self.beta * processes * means["distill"] * own_samples / step_samples
+
+    def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
+        args, kwargs = self._student_signature.select(self._network_inputs(inputs))
+        raw = model(*args, **kwargs)
+        return Outputs(logits_of(raw), raw)
+
+    def _network_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in inputs.items() if key not in (self._label_name, "index")}
+
+    @property
+    def _label_name(self) -> str:
+        return self.args.label_names[0]
+
+    @property
+    def _loss_scale(self) -> int:
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+
+    def _with_checked_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with labels that are class indices (int64) or probabilities (float), or a ValueError."""
+        labels = inputs.get(self._label_name)
+        if labels is None:
+            return inputs
+        return {**inputs, self._label_name: normalise_labels(labels, self._student_classes)}
+
+    def _mixed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch after mixup or CutMix: mixed here, once, for student and teacher alike."""
+        if not self.args.mixes:
+            return inputs
+        if "pixel_values" not in inputs:
+            raise ValueError(
+                f"Mixup and CutMix mix images: the batch must have 'pixel_values', it has {', '.join(inputs)}."
+            )
+        if self._mixer is None:
+            self._mixer = BatchMixer(
+                mixup_alpha=self.args.mixup_alpha,
+                cutmix_alpha=self.args.cutmix_alpha,
+                prob=self.args.mixup_prob,
+                switch_prob=self.args.mixup_switch_prob,
+                label_smoothing=self.args.label_smoothing_factor,
+                num_classes=self._student_classes or 1,
+            )
+        labels = inputs.get(self._label_name) if self.args.ce_weight else None
+        images, targets = self._mixer(inputs["pixel_values"], labels)
+        mixed = {**inputs, "pixel_values": images}
+        return mixed if targets is None else {**mixed, self._label_name: targets}
+
+    def _check_finite(
+        self, loss: Tensor, terms: Mapping[str, Tensor], student: Outputs, teacher: Outputs | None
+    ) -> None:
+        """Stop at a loss that is not a number: at once on the CPU, at the next log on an accelerator (no stall)."""
+        finite = torch.isfinite(loss.detach())
+        if loss.device.type != "cpu":
+            self._nonfinite = ~finite if self._nonfinite is None else self._nonfinite | ~finite
+            return
+        if not finite:
+            where = [name for name, term in terms.items() if not bool(torch.isfinite(term))]
+            nan = [who for who, outputs in (("student", student), ("teacher", teacher))
+                   if outputs is not None and bool(outputs.logits.isnan().any())]  # fmt: skip
+            raise RuntimeError(self._nonfinite_message(", ".join(where) or "sum", " and ".join(nan)))
+
+    def _nonfinite_message(self, component: str, nan_in: str) -> str:
+        cause = f" The {nan_in} logits hold NaN." if nan_in else ""
+        return (
+            f"The loss is not finite at step {self.state.global_step + 1} (component: {component}).{cause} Training "
+            "stopped before the update; the last checkpoint is untouched. Lower the learning rate or beta, or look at "
+            "the data of this step."
+        )
+
+    # ---- Counting over an optimiser step ---------------------------------------------------------------------------
+
+    def _sample_mask(self, inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
+        """For sequences of samples, (B, L, K): which of them are real, rather than padding."""
+        mask = inputs.get("attention_mask")
+        return mask.bool() if mask is not None and mask.shape == logits.shape[:-1] else None
+
+    def _count(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """How many samples a batch has, and how many of them have a label: two scalars."""
+        labels, mask = inputs.get(self._label_name), inputs.get("attention_mask")
+        device = self.args.device
+        soft = labels is not None and is_soft(labels, self._student_classes)
+        sequences = labels is not None and not soft and labels.dim() > 1
+        if sequences and mask is not None and mask.shape == labels.shape:
+            samples = mask.sum().to(device)
+        else:
+            samples = torch.tensor(labels.numel() if sequences else find_batch_size(inputs), device=device)
+        if labels is None:
+            labelled = torch.zeros_like(samples)
+        else:
+            labelled = samples if soft else labels.ne(IGNORE_INDEX).sum().to(device)
+        return samples, labelled
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Samples and labels of a whole optimiser step, (2,), over its batches and all processes."""
+        if not batch_samples:
+            return None
+        counts = torch.stack([torch.stack(self._count(batch)) for batch in batch_samples]).sum(dim=0)
+        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return counts
+
+    # ---- Before training -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, after the teacher's preflight and the choice of beta; a resumed run takes both from its "
+        "checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            self._restore_provenance(resume_from_checkpoint)
+        if self.args.uses_teacher:
+            if self.args.teacher_preflight and self.teacher_top1 is None:
+                self._preflight()
+            if self.beta is None:
+                self.beta = self._measure_beta()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _restore_provenance(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / PROVENANCE
+        if not path.is_file():
+            return
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        self.teacher_top1 = (saved.get("teacher") or {}).get("top1")
+        if self.args.beta == "auto":
+            self.beta = saved.get("beta")
+
+    @torch.no_grad()
+    def _preflight(self) -> None:
+        """The teacher's top-1 on the (first) evaluation data set, once."""
+        dataset = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        if dataset is None or self.teacher is None:
+            return
+        batches = self._batches(self.get_eval_dataloader(dataset))
+        measured = teacher_top1(
+            batches, self.compute_teacher_logits, self._label_name, self.accelerator, self.teacher.name
+        )
+        self.teacher_top1 = measured[0] if measured else None
+
+    def _measure_beta(self) -> float:
+        """beta="auto": the loss's balance with the labels, from the mean power sum over the first samples."""
+        assert self.distillation_loss is not None
+        if self.args.ce_weight == 0:
+            logger.info('beta="auto" without labels: there is nothing to balance with, so beta is 1.')
+            return 1.0
+        gamma = self.args.gamma or 1.0
+        with _keeping_random_state(), torch.no_grad():
+            batches = (self._mixed(batch) for batch in self._batches(self.get_train_dataloader()))
+            mean, samples = mean_power_sum(
+                batches, self.compute_teacher_logits, gamma, self.args.auto_beta_samples, self.accelerator
+            )
+        beta = self.args.ce_weight * self.distillation_loss.balanced_beta(self.args.balance_lambda, mean)
+        logger.warning(
+            'beta="auto": mean power sum %.4f over %d training samples at gamma=%g; beta=%.4f keeps the balance of KD '
+            "at lambda=%g.",
+            mean,
+            samples,
+            gamma,
+            beta,
+            self.args.balance_lambda,
+        )
+        return beta
+
+    def _batches(self, dataloader: DataLoader) -> Iterator[dict[str, Any]]:
+        return (self._with_checked_labels(self._prepare_inputs(inputs)) for inputs in dataloader)
+
+    # ---- Evaluation ------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Tensor | None]:
+        """Plain cross-entropy, logits and labels of the student; the teacher runs only for ``teacher_metrics``.
+
+        With ``teacher_metrics`` and a ``compute_metrics`` of your own, the predictions are (student, teacher) logits.
+        """
+        inputs = self._with_checked_labels(self._prepare_inputs(inputs))
+        labels = inputs.get(self._label_name)
+        with torch.no_grad():
+            student = self._student_outputs(model, inputs)
+            loss = None
+            if labels is not None:
+                total, count = cross_entropy(student, labels)
+                loss = total / count.clamp_min(1)
+            if prediction_loss_only:
+                return loss, None, None
+            if self.args.teacher_metrics and self.teacher is not None:
+                return loss, (student.logits, self.compute_teacher_logits(inputs)), labels
+        return loss, student.logits, labels
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Trainer's predict: ``predictions`` are the logits (with ``teacher_metrics``: student's and teacher's)."""
+        if not self._default_metrics:
+            return super().predict(*args, **kwargs)
+        # Evaluation keeps six numbers a sample; a prediction is wanted whole.
+        reduce_logits, summarise = self.preprocess_logits_for_metrics, self.compute_metrics
+        self.preprocess_logits_for_metrics, self.compute_metrics = None, _summarise_logits
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self.preprocess_logits_for_metrics, self.compute_metrics = reduce_logits, summarise
+
+    # ---- Logging ---------------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Reduced here, where every process passes, and not in log(), which a user may call on one process alone.
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            if self._nonfinite is not None and bool(self._nonfinite):
+                raise RuntimeError(self._nonfinite_message("some step since the last log", ""))
+            self._logged_components = self._meters.means(self.accelerator)
+            if self.args.uses_teacher and self.beta is not None:
+                self._logged_components["beta"] = self.beta
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update(self._logged_components)
+            self._logged_components = {}
+        super().log(logs, *args, **kwargs)
+
+    # ---- Optimiser and schedule ------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        if self.args.decay_all_parameters:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def set_initial_training_values(self, args: DistillationConfig, dataloader: DataLoader) -> tuple[Any, ...]:
+        values = super().set_initial_training_values(args, dataloader)
+        self._steps_per_epoch = values[1] if has_length(dataloader) else None
+        return values
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if not self.args.lr_milestones or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self._steps_per_epoch is None:
+            raise ValueError(
+                "`lr_milestones` are epochs, and this data set has no length: give it one (__len__), or use "
+                "lr_scheduler_type."
+            )
+        milestones = [round(epoch * self._steps_per_epoch) for epoch in self.args.lr_milestones]
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step + 1) / (warmup + 1)) * self.args.lr_decay ** bisect_right(milestones, step)
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- Saving and loading ----------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The student alone, in a form that timm and transformers open, and how it came about."""
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_student(self.model, folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+        (folder / PROVENANCE).write_text(json.dumps(self.provenance(), indent=2) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or not (Path(resume_from_checkpoint) / WEIGHTS).is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_student_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.isfile(os.path.join(best, WEIGHTS)):
+            super()._load_best_model()
+        else:
+            load_student_weights(self.model, best)
+
+    def provenance(self) -> dict[str, Any]:
+        """How this student came about, as JSON values: teacher, objective, seeds, versions. Saved as "
+        "distillation.json."""
+        args = self.args
+        teacher = None
+        if args.uses_teacher:
+            name = self.teacher.name if self.teacher is not None else type(self).__name__
+            teacher = {"id": name, "top1": self.teacher_top1}
+        student = unwrap(self.model)
+        cfg = getattr(student, "pretrained_cfg", None) or {}
+        architecture = getattr(getattr(student, "config", None), "architecture", None) or cfg.get("architecture")
+        return {
+            "teacher": teacher,
+            "student": {
+                "architecture": architecture or type(student).__name__,
+                "num_classes": self._student_classes,
+                "parameters": sum(p.numel() for p in student.parameters()),
+            },
+            "loss": args.loss if not isinstance(self.distillation_loss, CallableLoss) else "custom",
+            "gamma": args.gamma if args.uses_teacher else None,
+            "temperature": args.temperature if args.uses_teacher else None,
+            "beta": self.beta if args.uses_teacher else None,
+            "beta_setting": args.beta if args.uses_teacher else None,
+            "balance_lambda": args.balance_lambda if args.beta == "auto" else None,
+            "ce_weight": args.ce_weight,
+            "seed": args.seed,
+            "global_step": self.state.global_step,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "transformers": transformers.__version__,
+                "accelerate": accelerate.__version__,
+            },
+        }
+
+
+# ---- Helpers -------------------------------------------------------------------------------------------------------
+
+
+def _reduce_logits(logits: Any, labels: Tensor | None) -> Tensor:
+    """What the metrics need of a batch's logits: a handful of numbers a sample, (B, columns)."""
+    student, teacher = logits if isinstance(logits, (tuple, list)) else (logits, None)
+    if labels is None:
+        return student
+    if labels.is_floating_point():
+        labels = labels.argmax(dim=-1)
+    classes = student.shape[-1]
+    return metrics.per_sample_statistics(
+        student.reshape(-1, classes),
+        labels.reshape(-1),
+        None if teacher is None else teacher.reshape(-1, classes),
+    )
+
+
+def _summarise(prediction: EvalPrediction) -> dict[str, float]:
+    return metrics.summarise(prediction.predictions)
+
+
+def _summarise_logits(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions
+    parts = tuple(torch.from_numpy(part) for part in (logits if isinstance(logits, tuple) else (logits,)))
+    rows = _reduce_logits(parts if len(parts) > 1 else parts[0], torch.from_numpy(np.asarray(prediction.label_ids)))
+    return metrics.summarise(rows)
+
+
+@contextlib.contextmanager
+def _without_label_smoothing(args: DistillationConfig) -> Iterator[None]:
+    """Trainer's constructor asks for ``model.config`` when labels are smoothed; here the loss smooths them itself."""
+    smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
+    try:
+        yield
+    finally:
+        args.label_smoothing_factor = smoothing
+
+
+@contextlib.contextmanager
+def _keeping_random_state() -> Iterator[None]:
+    """Leave every random generator as it was found: looking at data must not change the run that follows."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
