@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import TimmWrapperPreTrainedModel
 
 
 BOOKKEEPING = frozenset({"labels", "index"})
@@ -42,11 +44,14 @@ class Signature:
     @classmethod
     def of(cls, network: Callable[..., Any]) -> Signature:
         """Read from ``forward`` of a module, or from any other callable."""
-        forward = unwrap(network).forward if isinstance(network, nn.Module) else network
+        network = unwrap(network) if isinstance(network, nn.Module) else network
+        forward = network.forward if isinstance(network, nn.Module) else network
         parameters = inspect.signature(forward).parameters.values()
         return cls(
             names=frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)),
-            takes_any=any(p.kind is p.VAR_KEYWORD for p in parameters),
+            # What TimmWrapper does not name it hands to timm's forward, which takes the image and nothing else.
+            takes_any=any(p.kind is p.VAR_KEYWORD for p in parameters)
+            and not isinstance(network, TimmWrapperPreTrainedModel),
         )
 
     def select(self, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -134,8 +139,14 @@ class Preprocessing:
     def from_image_processor(cls, processor: Any) -> Preprocessing | None:
         """From a transformers image processor, or None if it does not normalise by a mean and a deviation."""
         mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-        size = getattr(processor, "crop_size", None) or getattr(processor, "size", None)
+        cropped = getattr(processor, "do_center_crop", None) is not False and getattr(processor, "crop_size", None)
+        size = cropped or getattr(processor, "size", None)
         if not mean or not std or not size:
+            return None
+        # The statistics are there even when they are not used, and mean nothing for pixels that are not in [0, 1].
+        factor = getattr(processor, "rescale_factor", 1 / 255)
+        in_unit_range = getattr(processor, "do_rescale", True) and math.isclose(factor, 1 / 255, rel_tol=1e-3)
+        if not getattr(processor, "do_normalize", True) or not in_unit_range:
             return None
         size = dict(size)
         edge = size.get("shortest_edge")
@@ -150,11 +161,40 @@ class Preprocessing:
     def of(cls, network: Any) -> Preprocessing | None:
         """What a network declares (timm's ``pretrained_cfg``, its own or its config's), or None: never a guess."""
         network = unwrap(network) if isinstance(network, nn.Module) else network
-        for holder in (network, getattr(network, "config", None)):
+        for holder in (network, getattr(network, "config", None), getattr(network, "timm_model", None)):
             cfg = getattr(holder, "pretrained_cfg", None)
             if cfg:
-                return cls.from_pretrained_cfg(cfg)
+                return cls.from_pretrained_cfg(fit_channels(cfg, _channels_of(network, cfg)))
         return None
+
+
+def _channels_of(network: Any, cfg: Mapping[str, Any]) -> int | None:
+    """The channels of a network built for other than colour images; None for colour, or if it cannot be told."""
+    names = cfg.get("first_conv")
+    name = names if isinstance(names, str) else next(iter(names or ()), "")
+    module = getattr(network, "timm_model", network)
+    for part in filter(None, name.split(".")):
+        module = getattr(module, part, None)
+    channels = getattr(module, "in_channels", None)
+    # A stem that folds neighbouring pixels into channels shows 12 or more.
+    return channels if channels in (1, 2, 4) else None
+
+
+def fit_channels(cfg: Mapping[str, Any], channels: int | None) -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` for another number of channels: each statistic becomes its mean over the channels.
+
+    timm leaves the published (colour) statistics in place whatever ``in_chans`` is.
+    """
+    fitted = dict(cfg)
+    if channels is None:
+        return fitted
+    for key in ("mean", "std"):
+        values = fitted.get(key)
+        if values is not None and len(values) != channels:
+            fitted[key] = (sum(values) / len(values),) * channels
+    if fitted.get("input_size"):
+        fitted["input_size"] = (channels, *fitted["input_size"][1:])
+    return fitted
 
 
 class InputConverter(nn.Module):
@@ -174,16 +214,16 @@ class InputConverter(nn.Module):
         super().__init__()
         if len(source.mean) != len(target.mean) and len(source.mean) != 1:
             raise ValueError(
-                f"The student's images have {len(source.mean)} channels and the teacher's {len(target.mean)}: only one "
-                "channel can be repeated. Give both networks images of the same channels."
+                f"The student's images have {len(source.mean)} channels and the teacher's {len(target.mean)}: only "
+                "one channel can be repeated. Give both networks images of the same channels."
             )
         source_mean, source_std = torch.tensor(source.mean).double(), torch.tensor(source.std).double()
         target_mean, target_std = torch.tensor(target.mean).double(), torch.tensor(target.std).double()
         scale, shift = source_std / target_std, (source_mean - target_mean) / target_std
         # Greyscale images meet a colour teacher by broadcasting over the channels.
-        self.register_buffer("scale", scale.view(-1, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(-1, 1, 1), persistent=False)
-        self.identity = bool((scale == 1).all() and (shift == 0).all())
+        self.register_buffer("scale", scale.view(-1, 1, 1).float(), persistent=False)
+        self.register_buffer("shift", shift.view(-1, 1, 1).float(), persistent=False)
+        self.identity = len(source.mean) == len(target.mean) and bool((scale == 1).all() and (shift == 0).all())
         self.size = tuple(target.input_size[-2:])
         self.interpolation = target.interpolation if target.interpolation in ("bilinear", "bicubic") else "bicubic"
 

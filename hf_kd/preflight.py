@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
-from transformers.utils import logging
 
 from .labels import IGNORE_INDEX
 from .losses import functional
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 TeacherLogits = Callable[[Mapping[str, Any]], Tensor]
 

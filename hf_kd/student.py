@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import DropPath
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from .networks import check_sequence, num_classes_of, unknown_timm_name, unwrap
+from .networks import check_sequence, fit_channels, num_classes_of, unknown_timm_name, unwrap
 
 
 logger = logging.get_logger(__name__)
@@ -87,17 +90,28 @@ def create_student(
         pretrained: start from published weights (fetched by timm) instead of timm's initialisation.
         in_chans: channels of the images.
         img_size: height and width, or one number for both, of the images it is trained on.
-        mean, std: normalisation of its images, per channel, for pixel values in [0, 1]; timm's for this model by default
-            (with one channel: their mean).
+        mean, std: normalisation of its images, per channel, for pixel values in [0, 1]; timm's for this model by
+            default (with one channel: their mean).
         interpolation, crop_pct: how images are resized and cropped at evaluation; timm's for this model by default.
         timm_kwargs: further arguments of ``timm.create_model`` (JSON values, since they are saved in config.json).
 
     Raises:
-        ValueError: for an unknown name (with near names), label names that do not fit, or statistics of a wrong length.
+        ValueError: for an unknown name (with near names), label names that do not fit, statistics of a wrong length,
+            or arguments that are no JSON values.
     """
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise unknown_timm_name(name)
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if "." in name and name not in tags:
+        raise ValueError(f"timm has no weights {name!r}; for {architecture} there are {', '.join(tags) or 'none'}.")
+    try:
+        json.dumps(timm_kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"The arguments for timm are saved in config.json and must be JSON values ({error}): give names and "
+            "numbers, not objects."
+        ) from error
     if label_names is not None:
         label_names = [str(label) for label in label_names]
         num_classes = len(label_names) if num_classes is None else num_classes
@@ -110,6 +124,7 @@ def create_student(
     cfg = get_pretrained_cfg(name).to_dict()
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     cfg["input_size"] = (in_chans, *(size or cfg["input_size"][1:]))
+    cfg = fit_channels(cfg, in_chans)
     if in_chans != 3:
         timm_kwargs["in_chans"] = in_chans
     # Only networks whose weights depend on the size (position embeddings) take it as an argument.
@@ -119,8 +134,6 @@ def create_student(
         if values is not None:
             check_sequence(key, values, in_chans)
             cfg[key] = tuple(float(value) for value in values)
-        elif len(cfg[key]) != in_chans:
-            cfg[key] = (sum(cfg[key]) / len(cfg[key]),) * in_chans
     cfg.update({key: value for key, value in (("interpolation", interpolation), ("crop_pct", crop_pct)) if value})
 
     network = timm.create_model(
@@ -157,9 +170,9 @@ def save_student(
     """Save a student into a folder.
 
     A timm network (bare, or in transformers' wrapper) becomes ``model.safetensors`` with timm's own keys and a
-    ``config.json`` that ``timm.create_model("local-dir:…")`` and ``AutoModelForImageClassification`` both read, with the
-    labels and the preprocessing. Any other transformers model is saved by its own ``save_pretrained``, and any other
-    module as ``model.safetensors`` alone.
+    ``config.json`` that ``timm.create_model("local-dir:…")`` and ``AutoModelForImageClassification`` both read, with
+    the labels and the preprocessing. Any other transformers model is saved by its own ``save_pretrained``, and any
+    other module as ``model.safetensors`` alone.
 
     Args:
         model: the student; wrappers of torch.compile and DistributedDataParallel are taken off.
@@ -171,10 +184,13 @@ def save_student(
     os.makedirs(folder, exist_ok=True)
     config = _export_config(model, label_names)
     if config is None and isinstance(model, PreTrainedModel):
+        if state_dict is not None:
+            clean = _key_cleaner(model)
+            state_dict = {clean(key): value for key, value in state_dict.items()}
         model.save_pretrained(folder, state_dict=state_dict)
         return
     state_dict = model.state_dict() if state_dict is None else state_dict
-    save_file(_clean(state_dict), Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    save_file(_clean(state_dict, _key_cleaner(model)), Path(folder) / WEIGHTS, metadata={"format": "pt"})
     if config is not None:
         (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -186,10 +202,13 @@ def load_student_weights(model: nn.Module, folder: str | os.PathLike[str]) -> No
         ValueError: if keys are missing or left over, or shapes differ: the folder holds another network.
     """
     model = unwrap(model)
-    state_dict = load_file(Path(folder) / WEIGHTS)
     own = model.state_dict(keep_vars=True)
-    names = {_clean_key(key): key for key in own}
-    weights = {names.get(_clean_key(key), key): value for key, value in state_dict.items()}
+    if isinstance(model, PreTrainedModel) and not isinstance(model, TimmWrapperForImageClassification):
+        weights = _read_transformers_weights(model, folder)
+    else:
+        clean = _key_cleaner(model)
+        names = {clean(key): key for key in own}
+        weights = {names.get(clean(key), key): value for key, value in load_file(Path(folder) / WEIGHTS).items()}
     # Tied weights are saved once: whatever shares its storage with a saved tensor is there too.
     saved = {own[key].data_ptr() for key in weights.keys() & own.keys()}
     missing = sorted(key for key in own.keys() - weights.keys() if own[key].data_ptr() not in saved)
@@ -197,18 +216,40 @@ def load_student_weights(model: nn.Module, folder: str | os.PathLike[str]) -> No
     shapes = sorted(key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape)
     if missing or unexpected or shapes:
         raise ValueError(
-            f"The checkpoint {folder} holds another network than this student ({type(model).__name__}): {len(missing)} "
-            f"tensors missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
+            f"The checkpoint {folder} holds another network than this student ({type(model).__name__}): "
+            f"{len(missing)} tensors missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
             f" (such as {next(iter(missing + unexpected + shapes))})."
         )
     model.load_state_dict(weights, strict=False)
 
 
-def _clean_key(key: str) -> str:
-    return key.replace("_orig_mod.", "").removeprefix("module.").removeprefix("timm_model.")
+def _read_transformers_weights(model: PreTrainedModel, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a folder of transformers, which names (and splits) tensors otherwise than in memory."""
+    loaded, report = type(model).from_pretrained(
+        folder, config=copy.deepcopy(model.config), ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    weights = {key: value for key, value in loaded.state_dict().items() if key not in report["missing_keys"]}
+    weights.update({key: torch.empty(0) for key in report["unexpected_keys"]})
+    weights.update({key: torch.empty(shape) for key, shape, _ in report["mismatched_keys"]})
+    return weights
 
 
-def _clean(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _key_cleaner(model: nn.Module) -> Callable[[str], str]:
+    """From a key of a state dict to the bare one, without the prefixes of wrappers (and none of the user's own)."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    own = {name.replace("_orig_mod.", "") for name, _ in named}
+    in_wrapper = isinstance(model, TimmWrapperForImageClassification)
+
+    def clean(key: str) -> str:
+        key = key.replace("_orig_mod.", "")
+        if key not in own:
+            key = key.removeprefix("module.")
+        return key.removeprefix("timm_model.") if in_wrapper else key
+
+    return clean
+
+
+def _clean(state_dict: Mapping[str, Tensor], clean_key: Callable[[str], str]) -> dict[str, Tensor]:
     """Bare keys; tensors contiguous and each storage once, as safetensors wants them."""
     cleaned: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -217,7 +258,7 @@ def _clean(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if value.numel() and identity in seen:
             continue
         seen.add(identity)
-        cleaned[_clean_key(key)] = value.detach().contiguous().cpu()
+        cleaned[clean_key(key)] = value.detach().contiguous().cpu()
     return cleaned
 
 
@@ -246,8 +287,7 @@ def _export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[
         check_sequence("label_names", label_names, num_classes)
     cfg = {key: cfg[key] for key in _KEPT_CFG if cfg.get(key) is not None}
     arguments.pop("num_classes", None)
-    if "in_chans" in arguments:
-        cfg["input_size"] = [arguments["in_chans"], *cfg["input_size"][1:]]
+    cfg = fit_channels(cfg, arguments.get("in_chans", 3))
     return {
         "architecture": architecture,
         "architectures": ["TimmWrapperForImageClassification"],
@@ -260,18 +300,31 @@ def _export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[
     }
 
 
+def _structure(network: nn.Module) -> tuple[dict[str, torch.Size], list[str]]:
+    """Shapes of a network's tensors, and the modules that do its work at evaluation: activations, pooling, strides."""
+    inactive = (nn.Identity, nn.Dropout, DropPath)
+    leaves = [m for m in network.modules() if not any(m.children()) and not isinstance(m, inactive)]
+    return (
+        {key: value.shape for key, value in network.state_dict().items()},
+        # SyncBatchNorm is what BatchNorm2d becomes for several GPUs, and the same at evaluation.
+        [re.sub(r"SyncBatchNorm|BatchNorm2d", "BatchNorm", f"{type(m).__name__}({m.extra_repr()})") for m in leaves],
+    )
+
+
 def _arguments_of_bare(network: nn.Module, architecture: str) -> dict[str, Any] | None:
-    """timm.create_model arguments that give a network of these shapes, or None: timm does not record them itself."""
-    shapes = {key: value.shape for key, value in network.state_dict().items()}
-    channels = next((value.shape[1] for value in network.state_dict().values() if value.dim() == 4), 3)
-    arguments: dict[str, Any] = {} if channels == 3 else {"in_chans": int(channels)}
-    with torch.device("meta"):
-        rebuilt = timm.create_model(architecture, num_classes=network.num_classes, **arguments)
-    if {key: value.shape for key, value in rebuilt.state_dict().items()} == shapes:
-        return arguments
+    """timm.create_model arguments that give such a network again, or None: timm does not record them itself."""
+    structure = _structure(network)
+    channels = next((shape[1] for shape in structure[0].values() if len(shape) == 4), 3)
+    candidates: list[dict[str, Any]] = [{}, {"in_chans": int(channels)}]
+    for arguments in candidates:
+        with torch.device("meta"):
+            rebuilt = timm.create_model(architecture, num_classes=network.num_classes, **arguments)
+        if _structure(rebuilt) == structure:
+            return arguments
     logger.warning(
-        "This %s was built with arguments that timm does not record, so the folder will hold its weights alone and no name "
-        "to open it by. Build the student with hf_kd.create_student to have a folder that timm and transformers open.",
+        "This %s was built with arguments that timm does not record, so the folder will hold its weights alone and no "
+        "name to open it by. Build the student with hf_kd.create_student to have a folder that timm and transformers "
+        "open.",
         architecture,
     )
     return None

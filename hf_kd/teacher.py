@@ -1,10 +1,12 @@
-"""The teacher: a frozen network that gives logits for the student's batches, whatever preprocessing it was made for."""
+"""The teacher: a frozen network that gives logits for the student's batches, whatever its own preprocessing is."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,13 @@ class Teacher(nn.Module):
 
     Args:
         model: a module (timm, transformers or any other whose output holds logits), or a callable
-            ``f(**inputs) -> logits``. A module is frozen in place. A callable gets the batch as it is, and is on its own
-            as to preprocessing.
+            ``f(**inputs) -> logits``. A module is frozen in place. A callable gets the batch as it is, and is on its
+            own as to preprocessing.
         name: how the teacher is called in logs and cards; by default its class, or its timm architecture.
         class_map: for a teacher with other classes than the student: for each student class the teacher's class, or
             classes, whose probability it takes. Logits of several classes are merged by logsumexp.
-        preprocessing: mean, std, size and interpolation that the network was trained with; by default what it declares.
+        preprocessing: mean, std, size and interpolation that the network was trained with; by default what it
+            declares.
         input_size: height and width (or one number for both) to resize its images to, in place of ``preprocessing``'s.
 
     Raises:
@@ -56,8 +59,8 @@ class Teacher(nn.Module):
         super().__init__()
         if not callable(model):
             raise TypeError(
-                f"A teacher must be a torch module or a callable that returns logits, got {type(model).__name__}. Names "
-                "and paths go through Teacher.from_pretrained."
+                f"A teacher must be a torch module or a callable that returns logits, got {type(model).__name__}. "
+                "Names and paths go through Teacher.from_pretrained."
             )
         self.model = model
         self.name = name or _default_name(model)
@@ -75,10 +78,8 @@ class Teacher(nn.Module):
                 )
         self.converter: InputConverter | None = None
         self._signature = Signature.of(model)
-        self._dtype: torch.dtype | None = None
         if isinstance(model, nn.Module):
             model.requires_grad_(False)
-            self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         self.train(False)
 
     # ---- Making one ------------------------------------------------------------------------------------------------
@@ -98,13 +99,13 @@ class Teacher(nn.Module):
         """Load a teacher by name.
 
         Args:
-            name_or_path: a timm name (``"resnet34.tv_in1k"``); ``"hf-hub:owner/name[@revision]"`` for a timm repository
-                on the Hub; ``"owner/name"`` for a transformers one; a local folder saved by timm, transformers or
-                hf_kd; or a weights file in such a folder.
+            name_or_path: a timm name (``"resnet34.tv_in1k"``); ``"hf-hub:owner/name[@revision]"`` for a timm
+                repository on the Hub; ``"owner/name"`` for a transformers one; a local folder saved by timm,
+                transformers or hf_kd; or a weights file in such a folder.
             num_classes: the class count of the weights in ``checkpoint``; otherwise a check on what was loaded. A
                 teacher never gets a new, untrained head.
-            checkpoint: a weights file for the named timm architecture: safetensors, or ``.pth`` with the weights at the
-                top or under ``model`` or ``state_dict``, read without unpickling code.
+            checkpoint: a weights file for the named timm architecture: safetensors, or ``.pth`` with the weights at
+                the top or under ``model`` or ``state_dict``, read without unpickling code.
             class_map, preprocessing, input_size: see :class:`Teacher`.
             options: for ``timm.create_model``, such as ``in_chans``.
 
@@ -116,13 +117,14 @@ class Teacher(nn.Module):
         name = str(name_or_path)
         path = Path(name).expanduser()
         if checkpoint is not None:
-            model = _timm_model(name, num_classes=num_classes, **options)
+            source = f"local-dir:{path}" if path.is_dir() else name
+            model = _fetch(name, lambda: _timm_model(source, num_classes=num_classes, **options))
             _load_weights(model, Path(checkpoint).expanduser(), name)
         elif path.is_file():
-            if not (path.parent / "config.json").is_file():
+            if not _is_timm_folder(path.parent):
                 raise ValueError(
-                    f"The weights file {name} has no config.json beside it that says which network it belongs to: give the "
-                    "architecture as the name and the file as `checkpoint`."
+                    f"The weights file {name} has no config.json beside it in which timm finds which network it "
+                    "belongs to: give the architecture as the name and the file as `checkpoint`."
                 )
             model = timm.create_model(f"local-dir:{path.parent}", **options)
             _load_weights(model, path, name)
@@ -135,20 +137,31 @@ class Teacher(nn.Module):
                 raise ValueError(
                     f"The teacher {name} does not exist: give a folder, a weights file or a model's name."
                 )
-            model, preprocessing = _from_transformers(name, preprocessing)
+            model, preprocessing = _from_transformers(name, preprocessing, options)
         else:
             model = _fetch(name, lambda: _timm_model(name, pretrained=True, **options))
         found = num_classes_of(model)
+        if getattr(model, "num_classes", None) == 0:
+            raise ValueError(
+                f"The teacher {name} has no classifier, only features: give a network trained to classify."
+            )
+        # timm drops a head of another size and goes on with a random one.
+        trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        if checkpoint is None and trained and found is not None and trained != found:
+            raise ValueError(
+                f"The weights of {name} are for {trained} classes and the network has {found}, so its head would be "
+                "untrained: leave the class count to the weights, and give `class_map` to use some of their classes."
+            )
         if num_classes is not None and found is not None and found != num_classes:
             raise ValueError(
-                f"The teacher {name} has {found} classes, not the {num_classes} asked for: give `class_map` to use some of "
-                "them, or a `checkpoint` that was trained on yours."
+                f"The teacher {name} has {found} classes, not the {num_classes} asked for: give `class_map` to use "
+                "some of them, or a `checkpoint` that was trained on yours."
             )
         return cls(model, name=name, class_map=class_map, preprocessing=preprocessing, input_size=input_size)
 
     @classmethod
     def wrap(cls, teacher: Any, **options: Any) -> Teacher:
-        """A teacher from whatever a trainer accepts: a name, a path, a module, a callable, a Teacher, or a list of these.
+        """A teacher from whatever a trainer accepts: a name, path, module, callable, Teacher, or a list of these.
 
         A list becomes an :class:`Ensemble`. The options are those of :meth:`from_pretrained`; only names take
         ``num_classes`` and ``checkpoint``, and a Teacher is built already and takes none.
@@ -157,8 +170,8 @@ class Teacher(nn.Module):
         if isinstance(teacher, Teacher):
             if options:
                 raise ValueError(
-                    f"The teacher {teacher.name} is built already, so {', '.join(sorted(options))} cannot be applied to "
-                    "it: give them where it is built."
+                    f"The teacher {teacher.name} is built already, so {', '.join(sorted(options))} cannot be applied "
+                    "to it: give them where it is built."
                 )
             return teacher
         if isinstance(teacher, (str, Path)):
@@ -215,6 +228,14 @@ class Teacher(nn.Module):
                 "create_student, or set its `pretrained_cfg` (mean, std, input_size)."
             )
         self.converter = InputConverter(preprocessing, self.preprocessing)
+        if preprocessing.input_size[1:] != self.preprocessing.input_size[1:]:
+            logger.warning(
+                "The student's images of %d x %d are resized to %d x %d for the teacher %s, as it declares: if it was "
+                "trained at another size, give `input_size` (config: teacher_input_size).",
+                *preprocessing.input_size[1:],
+                *self.preprocessing.input_size[1:],
+                self.name,
+            )
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode, whatever is asked: a teacher's batch statistics and dropout are fixed."""
@@ -231,25 +252,27 @@ class Teacher(nn.Module):
                 args = tuple(self._prepare(value) for value in args)
                 inputs = {key: self._prepare(value) for key, value in inputs.items()}
                 logits = logits_of(self.model(*args, **inputs))
-            if self.class_groups:
-                logits = self._merge_classes(logits)
             if logits.dtype in (torch.float16, torch.bfloat16):
                 logits = logits.float()
+            if self.class_groups:
+                logits = self._merge_classes(logits)
         # A tensor born in inference mode cannot be saved for a backward pass; its copy can.
         return logits.clone()
 
     def _prepare(self, value: Any) -> Any:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
-        if self._dtype is not None and not torch.is_autocast_enabled(value.device.type):
-            value = value.to(self._dtype)
-        return self.converter(value) if self.converter is not None and value.dim() == 4 else value
+        if self.converter is not None and value.dim() == 4:
+            # In fp32 or better: half precision would round the images before they are renormalised and resized.
+            value = self.converter(value.to(torch.promote_types(value.dtype, torch.float32)))
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), value.dtype)
+        return value.to(dtype)
 
     def _merge_classes(self, logits: Tensor) -> Tensor:
         assert self.class_groups is not None
         if all(len(group) == 1 for group in self.class_groups):
             return logits[..., [group[0] for group in self.class_groups]]
-        merged = [torch.logsumexp(logits[..., group].float(), dim=-1) for group in self.class_groups]
+        merged = [torch.logsumexp(logits[..., group], dim=-1) for group in self.class_groups]
         return torch.stack(merged, dim=-1)
 
 
@@ -295,7 +318,8 @@ def _default_name(model: Any) -> str:
 def _resized(preprocessing: Preprocessing | None, size: int | tuple[int, int], name: str) -> Preprocessing:
     if preprocessing is None:
         raise ValueError(
-            f"`input_size` needs to know how the teacher {name} wants its images: give `preprocessing` too, with mean and std."
+            f"`input_size` needs to know how the teacher {name} wants its images: give `preprocessing` too, with mean "
+            "and std."
         )
     height, width = (size, size) if isinstance(size, int) else size
     return replace(preprocessing, input_size=(preprocessing.input_size[0], height, width))
@@ -305,26 +329,32 @@ def _class_groups(class_map: ClassMap | None) -> list[list[int]] | None:
     """One list of teacher classes for each student class, in order."""
     if class_map is None:
         return None
+    if len(class_map) == 0:
+        raise ValueError("`class_map` is empty: give the teacher's class, or classes, for each class of the student.")
     if isinstance(class_map, Mapping):
-        keys = {int(key): value for key, value in class_map.items()}
-        if sorted(keys) != list(range(len(keys))):
+        # JSON and YAML turn number keys into strings.
+        keys = {int(key) if str(key).isdecimal() else key: value for key, value in class_map.items()}
+        if keys.keys() != set(range(len(class_map))):
             raise ValueError(
-                f"`class_map` must have the student's classes 0 to {len(keys) - 1} as its keys, got {sorted(keys)}."
+                f"`class_map` must have the student's classes 0 to {len(class_map) - 1} as its keys, got "
+                f"{list(class_map)}."
             )
         class_map = [keys[key] for key in range(len(keys))]
-    groups = [[entry] if isinstance(entry, int) else list(entry) for entry in class_map]
-    for number, group in enumerate(groups):
-        if not group or not all(isinstance(entry, int) and entry >= 0 for entry in group):
+    groups = []
+    for number, entry in enumerate(class_map):
+        group = [entry] if isinstance(entry, Integral) or not isinstance(entry, Iterable) else list(entry)
+        if not group or not all(isinstance(member, Integral) and member >= 0 for member in group):
             raise ValueError(
-                f"`class_map` must give each student class one or more of the teacher's class numbers, got {group} for "
-                f"class {number}."
+                f"`class_map` must give each student class one or more of the teacher's class numbers, got {entry!r} "
+                f"for class {number}."
             )
-    return groups or None
+        groups.append([int(member) for member in group])
+    return groups
 
 
 def _timm_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
     options = {key: value for key, value in options.items() if value is not None}
-    if not name.startswith("local-dir:"):
+    if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")):
         architecture, _, tag = name.partition(".")
         if not timm.is_model(architecture):
             raise unknown_timm_name(name)
@@ -340,7 +370,7 @@ def _timm_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Mo
     return timm.create_model(name, pretrained=pretrained, **options)
 
 
-def _fetch(name: str, load: Callable[[], nn.Module]) -> nn.Module:
+def _fetch(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except ValueError as error:
@@ -354,10 +384,10 @@ def _fetch(name: str, load: Callable[[], nn.Module]) -> nn.Module:
 
 def _not_fetched(name: str, error: Exception) -> RuntimeError:
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return RuntimeError(
-        f"The weights of {name} could not be loaded ({type(error).__name__}: {reason}). Without a network, give a local "
-        "folder, or a weights file as `checkpoint`."
-    )
+    hint = "Without a network, give a local folder, or a weights file as `checkpoint`."
+    if Path(name).expanduser().exists():
+        hint = "The folder must be as timm, transformers or hf_kd saved it."
+    return RuntimeError(f"The weights of {name} could not be loaded ({type(error).__name__}: {reason}). {hint}")
 
 
 def _from_folder(
@@ -366,18 +396,47 @@ def _from_folder(
     config = path / "config.json"
     if not config.is_file():
         raise ValueError(
-            f"The teacher folder {path} holds no config.json: give a folder saved by timm, transformers or hf_kd, or an "
-            "architecture with `checkpoint`."
+            f"The teacher folder {path} holds no config.json: give a folder saved by timm, transformers or hf_kd, or "
+            "an architecture with `checkpoint`."
         )
-    if '"architecture"' in config.read_text(encoding="utf-8"):
+    if _is_timm_folder(path):
         return _fetch(
             str(path), lambda: timm.create_model(f"local-dir:{path}", pretrained=True, **options)
         ), preprocessing
-    return _from_transformers(str(path), preprocessing)
+    return _from_transformers(str(path), preprocessing, options)
 
 
-def _from_transformers(name: str, preprocessing: Preprocessing | None) -> tuple[nn.Module, Preprocessing | None]:
-    model = _fetch(name, lambda: AutoModelForImageClassification.from_pretrained(name))
+def _is_timm_folder(path: Path) -> bool:
+    config = path / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The teacher's {config} is no JSON ({error}): the folder is damaged.") from error
+    if "architecture" not in values:
+        return False
+    # A wrapped timm network as transformers itself saves it opens in transformers alone.
+    by_transformers = values.get("model_type") == "timm_wrapper"
+    return not by_transformers or (bool(values.get("pretrained_cfg")) and values.get("model_args", {}) is not None)
+
+
+def _from_transformers(
+    name: str, preprocessing: Preprocessing | None, options: dict[str, Any]
+) -> tuple[nn.Module, Preprocessing | None]:
+    if options:
+        raise ValueError(
+            f"{', '.join(sorted(options))} are arguments of timm.create_model, and {name} is opened by transformers: "
+            "leave them out."
+        )
+    model, loaded = _fetch(
+        name, lambda: AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+    )
+    if loaded["missing_keys"]:
+        raise ValueError(
+            f"The weights of {name} lack {len(loaded['missing_keys'])} tensors of its {type(model).__name__} (such as "
+            f"{min(loaded['missing_keys'])}), which would be untrained: give a network trained to classify."
+        )
     preprocessing = preprocessing or Preprocessing.of(model)
     if preprocessing is None:
         try:
@@ -396,8 +455,8 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RuntimeError(
-            f"The teacher's checkpoint {path} could not be read as plain weights ({reason}): give a safetensors file, or a "
-            ".pth with a state dict and nothing that needs code to run."
+            f"The teacher's checkpoint {path} could not be read as plain weights ({reason}): give a safetensors file, "
+            "or a .pth with a state dict and nothing that needs code to run."
         ) from error
     expected = model.state_dict()
     missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()

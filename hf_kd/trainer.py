@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import random
@@ -17,13 +18,13 @@ import numpy as np
 import timm
 import torch
 import transformers
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PredictionOutput, get_last_checkpoint, has_length
-from transformers.utils import logging
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, get_last_checkpoint, has_length
 
 from . import metrics
 from .config import DistillationConfig
@@ -40,7 +41,7 @@ from .student import WEIGHTS, load_student_weights, save_student
 from .teacher import Teacher
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 PROVENANCE = "distillation.json"
 
@@ -119,6 +120,8 @@ class DistillationTrainer(Trainer):
         if trainer_kwargs.get("data_collator") is None and trainer_kwargs.get("processing_class") is None:
             trainer_kwargs["data_collator"] = collate
         trainer_kwargs["callbacks"] = [EpochCallback(), *(trainer_kwargs.get("callbacks") or [])]
+        # Trainer sets transformers' verbosity by the same argument.
+        logging.getLogger(__package__).setLevel(args.get_process_log_level())
         with _without_label_smoothing(args):
             super().__init__(model, args, **trainer_kwargs)
         if self.compute_loss_func is not None:
@@ -384,8 +387,7 @@ class DistillationTrainer(Trainer):
     # ---- Before training -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, after the teacher's preflight and the choice of beta; a resumed run takes both from its "
-        "checkpoint."""
+        """Train, after the teacher's preflight and the choice of beta; a resumed run has both in its checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str):
@@ -471,6 +473,20 @@ class DistillationTrainer(Trainer):
             if self.args.teacher_metrics and self.teacher is not None:
                 return loss, (student.logits, self.compute_teacher_logits(inputs)), labels
         return loss, student.logits, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # Trainer averages over batches, whatever their size and number of labels; this is the mean over samples.
+        if self._default_metrics and f"{metric_key_prefix}_nll" in output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = output.metrics[f"{metric_key_prefix}_nll"]
+        return output
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Trainer's predict: ``predictions`` are the logits (with ``teacher_metrics``: student's and teacher's)."""
@@ -560,8 +576,7 @@ class DistillationTrainer(Trainer):
             load_student_weights(self.model, best)
 
     def provenance(self) -> dict[str, Any]:
-        """How this student came about, as JSON values: teacher, objective, seeds, versions. Saved as "
-        "distillation.json."""
+        """How this student came about, in JSON values: teacher, objective, seed, versions (distillation.json)."""
         args = self.args
         teacher = None
         if args.uses_teacher:

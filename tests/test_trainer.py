@@ -316,29 +316,12 @@ def test_preflight_reports_top1_once_and_warns_at_chance(tmp_path, caplog):
     for evaluation, top1, loud in ((good, 0.75, False), (bad, 0.2, True)):
         caplog.clear()
         trainer = make(tmp_path, student, teacher, evaluation=evaluation, teacher_preflight=True)
-        with caplog.at_level("WARNING"), _propagating():
+        with caplog.at_level("WARNING"):
             trainer.train()
             trainer.train()
         assert trainer.teacher_top1 == pytest.approx(top1)
         assert caplog.text.count(f"top-1 {100 * top1:.2f} %") == 1
         assert ("LOOKS WRONG" in caplog.text) is loud
-
-
-class _propagating:
-    """transformers' loggers do not hand their records on; caplog needs them to."""
-
-    def __enter__(self):
-        import logging
-
-        self.logger = logging.getLogger("hf_kd")
-        root = logging.getLogger("transformers")
-        self.saved = [(logger, logger.propagate) for logger in (self.logger, root)]
-        for logger, _ in self.saved:
-            logger.propagate = True
-
-    def __exit__(self, *error):
-        for logger, propagate in self.saved:
-            logger.propagate = propagate
 
 
 # ---- beta="auto" ---------------------------------------------------------------------------------------------------
@@ -526,14 +509,15 @@ def test_mixing_half_labelled_data_is_refused(tmp_path):
 
 def test_evaluation_metrics_are_exact_over_uneven_batches(tmp_path):
     student, teacher = networks()
-    data = Images(count=21, seed=1)
+    data = Images(count=21, seed=1, unlabelled=(2, 3, 20))
     trainer = make(tmp_path, student, teacher, evaluation=data, per_device_eval_batch_size=8, teacher_metrics=True)
     result = trainer.evaluate()
     with torch.no_grad():
         logits, teacher_logits = student.eval()(data.pixel_values), teacher.eval()(data.pixel_values)
+    known = data.labels >= 0
     assert result["eval_loss"] == pytest.approx(F.cross_entropy(logits, data.labels).item(), rel=1e-5)
     assert result["eval_nll"] == pytest.approx(result["eval_loss"], rel=1e-5)
-    assert result["eval_top1"] == pytest.approx((logits.argmax(-1) == data.labels).float().mean().item())
+    assert result["eval_top1"] == pytest.approx((logits.argmax(-1) == data.labels)[known].float().mean().item())
     assert result["eval_top5"] == 1.0
     assert result["eval_entropy"] == pytest.approx(shannon_entropy(logits).mean().item(), rel=1e-5)
     same = (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()
@@ -640,6 +624,40 @@ def test_iterable_data(tmp_path):
     make(tmp_path, student, teacher, train_sampling_strategy="sequential").train()
     make(tmp_path, streamed, teacher, Stream(), max_steps=3).train()
     assert_same(weights(student), weights(streamed))
+
+
+def test_token_classification_with_padding(tmp_path):
+    """Every unpadded token is a sample, for the labels and for the teacher; accumulation stays exact."""
+
+    class Tagger(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.num_classes = 3
+            self.embed, self.head = nn.Embedding(11, width), nn.Linear(width, 3)
+
+        def forward(self, input_ids, attention_mask=None):
+            return {"logits": self.head(torch.tanh(self.embed(input_ids)))}
+
+    torch.manual_seed(0)
+    student, teacher = Tagger(4).double(), Tagger(6).double()
+    whole = copy.deepcopy(student)
+    lengths = torch.tensor([5, 2, 4, 1])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    tokens, labels = torch.randint(0, 11, (4, 5)), torch.randint(0, 3, (4, 5)).masked_fill(mask == 0, -100)
+    labels[0, 1] = -100
+    rows = [{"input_ids": tokens[i], "attention_mask": mask[i], "labels": labels[i]} for i in range(4)]
+    with torch.no_grad():
+        logits, teacher_logits = student(tokens)["logits"], teacher(tokens)["logits"]
+    ce = F.cross_entropy(logits[labels >= 0], labels[labels >= 0]).item()
+    distill = wttm_loss(logits[mask == 1], teacher_logits[mask == 1], gamma=0.5).item()
+    for model, batch, steps in ((student, 1, 4), (whole, 4, 1)):
+        trainer = make(
+            tmp_path, model, teacher, rows, gamma=0.5, beta=2.0, momentum=0.0, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer.train()
+        assert history(trainer, "loss")[0] == pytest.approx(ce + 2.0 * distill, rel=1e-6)
+    assert_same(weights(student), weights(whole), rtol=1e-10, atol=1e-12)
 
 
 # ---- Optimiser and schedule ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..labels import IGNORE_INDEX
+from .views import EpochMixin, view_seed
 
 
 # Of the padded 32 x 32 pictures (pixels / 255) of the training split that load_digits() gives by default.
@@ -75,7 +76,7 @@ def load_digits(seed: int = 0, sizes: Sequence[int] = (3500, 500, 1000)) -> Digi
     return DigitsSplits(*splits)
 
 
-class DigitsDataset(Dataset):
+class DigitsDataset(EpochMixin, Dataset):
     """Digits in memory, ready for a network: {"pixel_values": float32 (3, 32, 32), "labels": int64, "index": int64}.
 
     The 28 x 28 digits are padded with black to 32 x 32 and repeated to three channels, so that any pipeline that turns
@@ -84,7 +85,8 @@ class DigitsDataset(Dataset):
     `images`, `labels`: a part of [`load_digits`] (`DigitsDataset(*splits.train)`). `labelled`: how many samples of
     each class keep their label; the others get -100, which cross-entropy ignores; None keeps all. `seed` chooses
     which: a smaller number picks a subset of what a larger one picks under the same seed. `mean`, `std`: of the RGB
-    channels.
+    channels. `shift`: augmentation; each view is moved by up to so many pixels in each direction, by an offset that
+    depends on (seed, epoch, index) alone.
 
     A `DataLoader` fetches whole batches through `__getitems__`; give it [`collate`] as `collate_fn`.
 
@@ -100,6 +102,7 @@ class DigitsDataset(Dataset):
         seed: int = 0,
         mean: Sequence[float] = DIGITS_MEAN,
         std: Sequence[float] = DIGITS_STD,
+        shift: int = 0,
     ) -> None:
         images, labels = np.asarray(images), np.asarray(labels)
         if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
@@ -116,14 +119,19 @@ class DigitsDataset(Dataset):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"`mean` and `std` must hold 3 numbers (std positive), got {list(mean)} and {list(std)}.")
 
+        if int(shift) != shift or shift < 0:
+            raise ValueError(f"`shift` must be a whole number of pixels, at least 0, got {shift!r}.")
+
+        self._init_epoch()
+        self.seed, self.shift = seed, int(shift)
         self.images = np.pad(images, ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING)))
         self.class_names = list(DIGITS_CLASS_NAMES)
         self.num_classes = classes
         self.true_labels = torch.from_numpy(labels.astype(np.int64))
         self.labels = self._hide(self.true_labels, labelled, seed)
         grey = torch.from_numpy(self.images).to(torch.float32).div(255)[:, None]
-        shift, scale = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std))
-        normalised = (grey - shift) / scale
+        centre, scale = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std))
+        normalised = (grey - centre) / scale
         # Three equal channels are kept as one: a third of the memory, and a batch is copied in half the time.
         same = len(set(mean)) == 1 and len(set(std)) == 1
         self._pixels = normalised[:, :1].contiguous() if same else normalised
@@ -150,14 +158,30 @@ class DigitsDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        pixels = self._pixels[index].expand(3, -1, -1).contiguous()
-        return {"pixel_values": pixels, "labels": self.labels[index], "index": index}
+        batch = self.__getitems__([index])
+        return {"pixel_values": batch["pixel_values"][0], "labels": batch["labels"][0], "index": index}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """A whole batch at once: {"pixel_values": (B, 3, 32, 32), "labels": (B,), "index": (B,)}."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        pixels = self._pixels.index_select(0, rows).expand(-1, 3, -1, -1).contiguous()
+        pixels = self._pixels.index_select(0, rows)
+        if self.shift:
+            pixels = self._shifted(pixels, rows)
+        pixels = pixels.expand(-1, 3, -1, -1).contiguous()
         return {"pixel_values": pixels, "labels": self.labels[rows], "index": rows}
+
+    def _shifted(self, pixels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        # One table of offsets an epoch makes each of them a function of (seed, epoch, index).
+        generator = torch.Generator().manual_seed(view_seed(self.seed, self.epoch, 0))
+        offsets = torch.randint(0, 2 * self.shift + 1, (len(self), 2), generator=generator)[rows]
+        window = torch.arange(DIGITS_SIZE)
+        down, right = (offsets[:, axis, None] + window for axis in (0, 1))
+        black = self._pixels.amin(dim=(0, 2, 3))
+        padded = black.view(1, -1, 1, 1).repeat(len(rows), 1, *(2 * [DIGITS_SIZE + 2 * self.shift]))
+        padded[:, :, self.shift : self.shift + DIGITS_SIZE, self.shift : self.shift + DIGITS_SIZE] = pixels
+        batch = torch.arange(len(rows))
+        # Indexing around the channel dimension puts it last.
+        return padded[batch[:, None, None], :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
 
     def image(self, index: int) -> Image.Image:
         """The picture of a sample as 32 x 32 RGB, as an inference pipeline would be given it."""

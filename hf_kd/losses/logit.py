@@ -196,8 +196,10 @@ class CallableLoss(LogitLoss):
         super().__init__()
         self.function = function
         parameters = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
-        positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
+        # A third parameter with a default of its own (a temperature, say) is not a place for labels.
+        wanted = [p for p in parameters.values() if p.name == "labels" or p.default is p.empty]
+        positional = [p for p in wanted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        variadic = any(p.kind is p.VAR_POSITIONAL for p in wanted)
         self.takes_labels = variadic or len(positional) > 2
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:

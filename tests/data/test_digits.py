@@ -186,3 +186,37 @@ def test_hidden_labels_depend_on_the_seed_and_are_nested(splits):
 def test_bad_arguments(splits, change, message):
     with pytest.raises(ValueError, match=message):
         DigitsDataset(**{"images": splits.test.images, "labels": splits.test.labels, **change})
+
+
+def test_shifts_move_whole_pictures_by_seed_epoch_and_index():
+    part = load_digits().validation
+    plain, shifted = DigitsDataset(*part), DigitsDataset(*part, shift=2)
+    indices = list(range(40))
+    moved = shifted.__getitems__(indices)["pixel_values"]
+    still = plain.__getitems__(indices)["pixel_values"]
+    black = float(still.min())
+    found = set()
+    for one, other in zip(moved, still, strict=True):
+        # Each view is the picture rolled by some offset within 2: digits keep 4 black pixels at every border.
+        matches = [
+            (dy, dx)
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            if torch.equal(torch.roll(other, (dy, dx), (1, 2)), one)
+        ]
+        assert len(matches) == 1
+        found.add(matches[0])
+    assert len(found) > 15
+    assert float(moved.min()) == black
+    # One by one, in another order, in another data set object: the same views. Another epoch or seed: others.
+    again = DigitsDataset(*part, shift=2)
+    torch.testing.assert_close(again[7]["pixel_values"], moved[7], rtol=0, atol=0)
+    torch.testing.assert_close(again.__getitems__([9, 3])["pixel_values"], moved[[9, 3]], rtol=0, atol=0)
+    again.set_epoch(1)
+    assert not torch.equal(again.__getitems__(indices)["pixel_values"], moved)
+    assert not torch.equal(DigitsDataset(*part, shift=2, seed=1).__getitems__(indices)["pixel_values"], moved)
+
+
+def test_a_negative_shift_is_refused():
+    with pytest.raises(ValueError, match="`shift` must be a whole number of pixels, at least 0, got -1"):
+        DigitsDataset(*load_digits().validation, shift=-1)
