@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import replace
 
 import huggingface_hub.constants
 import numpy as np
