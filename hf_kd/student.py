@@ -182,7 +182,7 @@ def save_student(
     """
     model = unwrap(model)
     os.makedirs(folder, exist_ok=True)
-    config = _export_config(model, label_names)
+    config = export_config(model, label_names)
     if config is None and isinstance(model, PreTrainedModel):
         if state_dict is not None:
             clean = _key_cleaner(model)
@@ -262,7 +262,7 @@ def _clean(state_dict: Mapping[str, Tensor], clean_key: Callable[[str], str]) ->
     return cleaned
 
 
-def _export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[str, Any] | None:
+def export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[str, Any] | None:
     """config.json of a timm network for timm and transformers, or None for any other model."""
     if isinstance(model, TimmWrapperForImageClassification):
         source, network = model.config, model.timm_model

@@ -35,6 +35,7 @@ from .labels import IGNORE_INDEX, is_soft, normalise_labels
 from .losses import Outputs, functional
 from .losses.logit import CallableLoss, LogitLoss, build_loss, cross_entropy
 from .meters import Meters
+from .model_card import StudentCard
 from .networks import Preprocessing, Signature, logits_of, num_classes_of, unwrap
 from .preflight import mean_power_sum, teacher_top1
 from .student import WEIGHTS, load_student_weights, save_student
@@ -574,6 +575,37 @@ class DistillationTrainer(Trainer):
             super()._load_best_model()
         else:
             load_student_weights(self.model, best)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card, README.md in the output folder, from the run; see :class:`StudentCard` for more.
+
+        The arguments are Trainer's: ``dataset_tags`` are Hub ids, ``dataset`` names for readers; ``finetuned_from`` is
+        the Hub id of published weights that the student started from. Nothing of them is guessed.
+        """
+        if self.is_world_process_zero():
+            StudentCard.from_trainer(
+                self,
+                language=language,
+                license=license,
+                tags=tags,
+                model_name=model_name,
+                base_model=finetuned_from,
+                pipeline_tag=tasks,
+                dataset=dataset_tags,
+                dataset_name=dataset,
+                dataset_config=dataset_args,
+            ).save(self.args.output_dir)
 
     def provenance(self) -> dict[str, Any]:
         """How this student came about, in JSON values: teacher, objective, seed, versions (distillation.json)."""
