@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tiny import CLASSES, ConvNet, Images, config, networks
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
-from hf_kd import DistillationConfig, DistillationTrainer, Preprocessing, Teacher
+from hf_kd import DistillationConfig, DistillationTrainer, Preprocessing, Teacher, create_student
 from hf_kd.losses import kd_loss, power_sum, shannon_entropy, ttm_loss, wttm_loss
+from hf_kd.networks import logits_of
 
 
 def make(folder, student, teacher, train=None, evaluation=None, trainer_class=DistillationTrainer, **options):
@@ -447,6 +449,9 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_eval_loss(tmp_path):
     torch.testing.assert_close(loss_on(trainer, data, data.labels), expected)
     plain = F.cross_entropy(student.eval()(data.pixel_values), data.labels).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-6)
+    # Also where the user's own metrics leave the loss to the trainer's average over batches.
+    trainer.compute_metrics, trainer.preprocess_logits_for_metrics = (lambda prediction: {}), None
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-6)
 
 
 # ---- Mixing --------------------------------------------------------------------------------------------------------
@@ -764,6 +769,52 @@ def test_compiled_students_save_clean_keys(tmp_path, how):
     resumed = make(tmp_path, plain, teacher, num_train_epochs=3, save_strategy="epoch")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert resumed.state.global_step == 9
+
+
+def vit_student():
+    return ViTForImageClassification(
+        ViTConfig(image_size=32, patch_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                  intermediate_size=8, num_labels=CLASSES)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["create_student", "bare timm", "transformers"])
+def test_every_kind_of_student_trains_resumes_and_reopens(tmp_path, kind):
+    build = {
+        "create_student": lambda: create_student("test_resnet", num_classes=CLASSES, img_size=32),
+        "bare timm": lambda: timm.create_model("test_resnet", num_classes=CLASSES),
+        "transformers": vit_student,
+    }[kind]
+    reopen = {
+        "create_student": lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True),
+        "bare timm": lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True),
+        "transformers": ViTForImageClassification.from_pretrained,
+    }[kind]
+    torch.manual_seed(0)
+    student = build()
+    # A ViT says nothing of its preprocessing, nor does a teacher that is a plain module.
+    teacher = ConvNetFor32() if kind == "transformers" else create_student("test_resnet", num_classes=CLASSES)
+    data = Images(count=12, size=32)
+    options = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+    before = weights(student)
+    trainer = make(tmp_path / "whole", student, teacher, data, num_train_epochs=2, **options)
+    trainer.train()
+    trained = {name for name, parameter in student.named_parameters() if not torch.equal(parameter, before[name])}
+    assert trained == {name for name, _ in student.named_parameters()}
+    trainer.save_model()
+    reopened = reopen(tmp_path / "whole").eval()
+    with torch.no_grad():
+        logits, again = (logits_of(network.eval()(data.pixel_values)) for network in (student, reopened))
+    torch.testing.assert_close(logits, again, rtol=0, atol=1e-6)
+    torch.manual_seed(5)
+    resumed = make(tmp_path / "resumed", build(), teacher, data, num_train_epochs=2, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert_same(weights(resumed.model), weights(student))
+
+
+class ConvNetFor32(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.AvgPool2d(4), ConvNet())
 
 
 def test_best_model_is_loaded_whole_or_not_at_all(tmp_path):

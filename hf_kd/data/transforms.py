@@ -67,13 +67,14 @@ def eval_transform(
 ) -> v2.Compose:
     """The protocol's evaluation transform: shorter side to `resize`, the centre `size` pixels, normalisation.
 
-    `resize` defaults to `size` * 256 / 224, so 256 for 224. The rest is as in [`train_transform`].
+    `resize` defaults to `size` * 256 // 224, so 256 for 224 (timm's crop_pct of 0.875). The rest is as in
+    [`train_transform`].
 
     Raises ValueError as [`train_transform`] does, and for a `resize` smaller than `size` (the crop would be padded).
     """
     _check_sizes(size=size)
     if resize is None:
-        resize = round(size * 256 / 224)
+        resize = size * 256 // 224
     _check_sizes(resize=resize)
     if resize < size:
         raise ValueError(
