@@ -213,6 +213,7 @@ class Teacher(nn.Module):
                 f"The student has {num_classes} classes and the teacher {self.name} has {self.num_classes}: give "
                 "`class_map` (config: teacher_class_map), with the teacher's class for each of the student's."
             )
+        self.converter = None
         if not self.is_module or (self.preprocessing is None and preprocessing is None):
             return
         if self.preprocessing is None:

@@ -171,6 +171,8 @@ class DistillationTrainer(Trainer):
     def _build_loss(args: DistillationConfig, own: Callable[..., Any] | None) -> LogitLoss | None:
         if own is None:
             return build_loss(args.loss, gamma=args.gamma, **(args.loss_kwargs or {})) if args.loss != "ce" else None
+        if args.loss == "ce":
+            raise ValueError('`distillation_loss` is given, and loss="ce" leaves it out: leave `loss` at its default.')
         if not callable(own):
             raise TypeError(f"`distillation_loss` must be a function or a module, got {type(own).__name__}.")
         if isinstance(own, nn.Module) and any(p.requires_grad for p in own.parameters()):
@@ -251,8 +253,7 @@ class DistillationTrainer(Trainer):
                     f"The batch has no {self._label_name!r} (it has {', '.join(inputs)}), and `ce_weight` is "
                     f"{self.args.ce_weight}: add the labels, or set ce_weight=0 to learn from the teacher alone."
                 )
-            smoothing = 0.0 if labels.is_floating_point() else self.args.label_smoothing_factor
-            ce, labelled = cross_entropy(student, labels, label_smoothing=smoothing)
+            ce, labelled = cross_entropy(student, labels, label_smoothing=self.args.label_smoothing_factor)
             terms["ce"] = self.args.ce_weight * processes * ce / step_labels.clamp_min(1)
             self._meters.add("ce", ce, labelled)
         if teacher is not None:
@@ -323,7 +324,6 @@ class DistillationTrainer(Trainer):
                 cutmix_alpha=self.args.cutmix_alpha,
                 prob=self.args.mixup_prob,
                 switch_prob=self.args.mixup_switch_prob,
-                label_smoothing=self.args.label_smoothing_factor,
                 num_classes=self._student_classes or 1,
             )
         labels = inputs.get(self._label_name) if self.args.ce_weight else None

@@ -491,14 +491,19 @@ def test_both_networks_see_the_same_mixed_batch_and_evaluation_none(tmp_path, ki
 def test_mixed_targets_follow_the_mixed_images(tmp_path):
     student, teacher = networks()
     data = Images(count=6)
-    trainer = make(tmp_path, student, teacher, data, mixup_alpha=1.0, label_smoothing_factor=0.1)
+    trainer = make(tmp_path, student, teacher, data, mixup_alpha=1.0, label_smoothing_factor=0.1, beta=0.0)
     mixed = trainer._mixed({"pixel_values": data.pixel_values, "labels": data.labels})
     # Each image is lam · itself + (1 - lam) · its partner: find lam from the pixels, check the targets with it.
     own, partner = data.pixel_values, data.pixel_values.flip(0)
     lam = ((mixed["pixel_values"] - partner) * (own - partner)).sum() / ((own - partner) ** 2).sum()
     assert 0.0 < lam < 1.0
-    smooth = F.one_hot(data.labels, CLASSES) * 0.9 + 0.1 / CLASSES
-    torch.testing.assert_close(mixed["labels"], lam * smooth + (1 - lam) * smooth.flip(0))
+    hot = F.one_hot(data.labels, CLASSES).float()
+    targets = lam * hot + (1 - lam) * hot.flip(0)
+    torch.testing.assert_close(mixed["labels"], targets)
+    # Smoothed once, whether labels are mixed or not.
+    loss = trainer.compute_loss(student.eval(), mixed)
+    expected = F.cross_entropy(student(mixed["pixel_values"]), targets, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_mixing_half_labelled_data_is_refused(tmp_path):
@@ -899,12 +904,14 @@ def test_nan_logits_stop_the_run_and_leave_the_checkpoint(tmp_path, who):
         ({"compute_loss_func": lambda *a, **k: 0}, "pass `distillation_loss`"),
         ({"distillation_loss": nn.Bilinear(5, 5, 1)}, "parameters of its own"),
         ({"distillation_loss": 3}, "must be a function or a module"),
+        ({"distillation_loss": kd_loss, "args": {"loss": "ce"}}, 'loss="ce" leaves it out'),
     ],
 )
 def test_contradictions_are_refused(tmp_path, options, message):
     student, teacher = networks()
+    options = dict(options)
     with pytest.raises((ValueError, TypeError), match=message):
-        DistillationTrainer(student, teacher, config(tmp_path), **options)
+        DistillationTrainer(student, teacher, config(tmp_path, **options.pop("args", {})), **options)
 
 
 def test_student_as_its_own_teacher_is_refused(tmp_path):

@@ -16,7 +16,6 @@ class BatchMixer:
         mixup_alpha, cutmix_alpha: strengths; at least one above 0.
         prob: probability that a batch is mixed.
         switch_prob: probability of CutMix when both are on.
-        label_smoothing: of the mixed targets.
         num_classes: K.
     """
 
@@ -27,7 +26,6 @@ class BatchMixer:
         cutmix_alpha: float,
         prob: float,
         switch_prob: float,
-        label_smoothing: float,
         num_classes: int,
     ) -> None:
         self._mixup = Mixup(
@@ -35,7 +33,7 @@ class BatchMixer:
             cutmix_alpha=cutmix_alpha,
             prob=prob,
             switch_prob=switch_prob,
-            label_smoothing=label_smoothing,
+            label_smoothing=0.0,  # the loss smooths, labels of either kind
             num_classes=num_classes,
         )
 
