@@ -5,15 +5,15 @@ from .networks import Preprocessing
 from .student import create_student, save_student
 from .teacher import Teacher
 from .trainer import DistillationTrainer
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "Preprocessing",
     "Teacher",
+    "__version__",
     "create_student",
     "save_student",
 ]

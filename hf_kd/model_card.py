@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 README = "README.md"
+PROVENANCE = "distillation.json"
+"""How a student came about, as the trainer writes it beside the weights."""
 BEGIN = "<!-- hf_kd:begin -->"
 END = "<!-- hf_kd:end -->"
 TEMPLATE = "student.md.jinja"
@@ -211,9 +213,6 @@ class StudentCard:
         args, state, student = trainer.args, trainer.state, unwrap(trainer.model)
         provenance = trainer.provenance()
         settings = {key: str(value) for key, value in (args.loss_kwargs or {}).items()}
-        own_class = next(c for c in type(trainer).__mro__ if "compute_distillation_loss" in vars(c))
-        if own_class.__module__.partition(".")[0] != __package__ and args.uses_teacher:
-            provenance["loss"] = own_class.__name__
         if provenance["teacher"] and trainer.teacher is not None and trainer.teacher.is_module:
             provenance["teacher"]["parameters"] = sum(p.numel() for p in trainer.teacher.parameters())
         if teacher is not None:
@@ -254,10 +253,10 @@ class StudentCard:
     def from_folder(cls, folder: str | os.PathLike[str], **given: Any) -> StudentCard:
         """The card of a student saved earlier, from its config.json and distillation.json; the rest is to be given."""
         folder = Path(folder)
-        read = {name: folder / name for name in (CONFIG, "distillation.json")}
+        read = {name: folder / name for name in (CONFIG, PROVENANCE)}
         content = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in read.items() if path.is_file()}
         config = content.get(CONFIG)
-        facts: dict[str, Any] = {"folder": folder.resolve().name, "provenance": content.get("distillation.json", {})}
+        facts: dict[str, Any] = {"folder": folder.resolve().name, "provenance": content.get(PROVENANCE, {})}
         if config is None:
             facts.update(library=None)
         elif config.get("model_type") == "timm_wrapper":

@@ -311,7 +311,8 @@ class Ensemble(Teacher):
 def _default_name(model: Any) -> str:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if cfg.get("architecture"):
-        return ".".join(filter(None, [cfg["architecture"], cfg.get("tag")]))
+        # Not with its tag: timm sets the default one whether or not those weights were loaded.
+        return cfg["architecture"]
     config_name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return config_name or getattr(model, "__name__", type(model).__name__)
 

@@ -33,18 +33,17 @@ from .data.mixing import BatchMixer
 from .data.views import EpochCallback
 from .labels import IGNORE_INDEX, is_soft, normalise_labels
 from .losses import Outputs, functional
-from .losses.logit import CallableLoss, LogitLoss, build_loss, cross_entropy
+from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
 from .meters import Meters
-from .model_card import StudentCard
+from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, num_classes_of, unwrap
 from .preflight import mean_power_sum, teacher_top1
 from .student import WEIGHTS, load_student_weights, save_student
 from .teacher import Teacher
+from .version import __version__
 
 
 logger = get_logger(__name__)
-
-PROVENANCE = "distillation.json"
 
 
 class DistillationTrainer(Trainer):
@@ -77,12 +76,6 @@ class DistillationTrainer(Trainer):
     args: DistillationConfig
 
     _tag_names = ["knowledge-distillation", "timm", "hf_kd"]
-    _paper = {
-        "title": "Knowledge Distillation Based on Transformed Teacher Matching",
-        "authors": "K. Zheng and E.-H. Yang",
-        "venue": "ICLR 2024",
-        "id": "2402.11148",
-    }
 
     def __init__(
         self,
@@ -607,6 +600,15 @@ class DistillationTrainer(Trainer):
                 dataset_config=dataset_args,
             ).save(self.args.output_dir)
 
+    def _loss_name(self) -> str:
+        """The loss as it is registered, or the name of what replaces it."""
+        if not self.args.uses_teacher:
+            return "ce"
+        overriding = next(cls for cls in type(self).__mro__ if "compute_distillation_loss" in vars(cls))
+        if overriding is not DistillationTrainer:
+            return overriding.__name__
+        return "custom" if isinstance(self.distillation_loss, CallableLoss) else self.args.loss
+
     def provenance(self) -> dict[str, Any]:
         """How this student came about, in JSON values: teacher, objective, seed, versions (distillation.json)."""
         args = self.args
@@ -614,6 +616,9 @@ class DistillationTrainer(Trainer):
         if args.uses_teacher:
             name = self.teacher.name if self.teacher is not None else type(self).__name__
             teacher = {"id": name, "top1": self.teacher_top1}
+        loss = self._loss_name()
+        # A loss of the user's own need not listen to the configuration's gamma.
+        named = loss in LOSSES
         student = unwrap(self.model)
         cfg = getattr(student, "pretrained_cfg", None) or {}
         architecture = getattr(getattr(student, "config", None), "architecture", None) or cfg.get("architecture")
@@ -624,9 +629,10 @@ class DistillationTrainer(Trainer):
                 "num_classes": self._student_classes,
                 "parameters": sum(p.numel() for p in student.parameters()),
             },
-            "loss": args.loss if not isinstance(self.distillation_loss, CallableLoss) else "custom",
-            "gamma": args.gamma if args.uses_teacher else None,
-            "temperature": args.temperature if args.uses_teacher else None,
+            "loss": loss,
+            "gamma": args.gamma if named else None,
+            "temperature": args.temperature if named else None,
+            "loss_kwargs": args.loss_kwargs if named else None,
             "beta": self.beta if args.uses_teacher else None,
             "beta_setting": args.beta if args.uses_teacher else None,
             "balance_lambda": args.balance_lambda if args.beta == "auto" else None,
@@ -634,6 +640,7 @@ class DistillationTrainer(Trainer):
             "seed": args.seed,
             "global_step": self.state.global_step,
             "versions": {
+                "hf_kd": __version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "timm": timm.__version__,

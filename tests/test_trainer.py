@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
+import hf_kd
 from hf_kd import DistillationConfig, DistillationTrainer, Preprocessing, Teacher, create_student
 from hf_kd.losses import kd_loss, power_sum, shannon_entropy, ttm_loss, wttm_loss
 from hf_kd.networks import logits_of
@@ -940,3 +941,27 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path):
     arguments._n_gpu = 4
     with pytest.raises(ValueError, match="accelerate launch --multi_gpu --num_processes 4"):
         DistillationTrainer(ConvNet(), ConvNet(), arguments)
+
+
+# ---- Provenance ----------------------------------------------------------------------------------------------------
+
+
+def test_provenance_says_what_was_done(tmp_path):
+    student, teacher = networks()
+
+    class Own(DistillationTrainer):
+        def compute_distillation_loss(self, student_outputs, teacher_outputs, inputs):
+            return student_outputs.logits.mean(dim=-1)
+
+    named = make(tmp_path, student, teacher, loss="kd", temperature=2.0, beta=0.5, ce_weight=0.25).provenance()
+    assert (named["loss"], named["gamma"], named["temperature"], named["beta"]) == ("kd", 0.5, 2.0, 0.5)
+    assert named["ce_weight"] == 0.25
+    assert named["teacher"] == {"id": "ConvNet", "top1": None}
+    assert named["student"]["parameters"] == sum(p.numel() for p in student.parameters())
+    assert named["versions"]["hf_kd"] == hf_kd.__version__
+    own = make(tmp_path, student, teacher, trainer_class=Own, gamma=0.5).provenance()
+    assert (own["loss"], own["gamma"]) == ("Own", None)
+    function = make(tmp_path, student, teacher, distillation_loss=kd_loss).provenance()
+    assert (function["loss"], function["gamma"]) == ("custom", None)
+    alone = make(tmp_path, student, None, loss="ce").provenance()
+    assert (alone["loss"], alone["teacher"], alone["beta"]) == ("ce", None, None)
