@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform, resolve_model_data_config
+from tiny import vit
 from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    ViTConfig,
     ViTForImageClassification,
     pipeline,
 )
@@ -312,18 +312,7 @@ def test_a_wrapper_from_a_config_is_saved_for_timm_too(tmp_path):
 
 
 def tiny_vit():
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            image_size=32,
-            patch_size=16,
-            id2label=dict(enumerate(NAMES)),
-            label2id={name: number for number, name in enumerate(NAMES)},
-        )
-    )
+    return vit(id2label=dict(enumerate(NAMES)), label2id={name: number for number, name in enumerate(NAMES)})
 
 
 def test_a_transformers_network_is_saved_its_own_way(tmp_path):

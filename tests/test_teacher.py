@@ -12,13 +12,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
+from tiny import vit
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessor,
     ViTModel,
 )
@@ -42,19 +41,6 @@ def resnet(classes=CLASSES, **options):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2.0)
     return network.eval()
-
-
-def vit(classes=CLASSES):
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=32,
-        patch_size=16,
-        num_labels=classes,
-    )
-    return ViTForImageClassification(config).eval()
 
 
 @torch.no_grad()
@@ -182,7 +168,7 @@ def test_a_folder_whose_weights_need_code_is_refused(tmp_path, style):
     if style == "timm":
         save_student(resnet(), folder)
     else:
-        vit().save_pretrained(folder)
+        vit(CLASSES).save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save({**weights, "extra": Harmful(str(mark))}, folder / "pytorch_model.bin")
@@ -233,7 +219,7 @@ def test_folder_of_a_timm_network_as_transformers_saves_it(tmp_path, loaded_firs
 
 @pytest.mark.parametrize("processor", [True, False])
 def test_folder_saved_by_transformers(tmp_path, processor):
-    network = vit()
+    network = vit(CLASSES)
     network.save_pretrained(tmp_path)
     if processor:
         size = {"height": 32, "width": 32}
@@ -259,7 +245,7 @@ def test_weights_file_without_a_network(tmp_path):
     save_file(resnet().state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"no config.json beside it .*architecture as the name"):
         Teacher.from_pretrained(tmp_path / "weights.safetensors")
-    vit().save_pretrained(tmp_path)
+    vit(CLASSES).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no config.json beside it in which timm finds"):
         Teacher.from_pretrained(tmp_path / "weights.safetensors")
 
@@ -305,7 +291,7 @@ def test_a_teacher_never_gets_an_untrained_head(tmp_path):
     with pytest.raises(ValueError, match=r"for 4 classes and the network has 10, so its head would be untrained"):
         Teacher.from_pretrained(tmp_path / "timm")
 
-    ViTModel(vit().config).save_pretrained(tmp_path / "backbone")
+    ViTModel(vit(CLASSES).config).save_pretrained(tmp_path / "backbone")
     with pytest.raises(ValueError, match=r"lack 2 tensors of its ViTFor.*classifier.bias"):
         Teacher.from_pretrained(tmp_path / "backbone")
 
@@ -318,7 +304,7 @@ def test_a_network_without_a_classifier(tmp_path):
 
 
 def test_timm_options_for_a_transformers_folder(tmp_path):
-    vit().save_pretrained(tmp_path)
+    vit(CLASSES).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"in_chans are arguments of timm.create_model.*transformers"):
         Teacher.from_pretrained(tmp_path, in_chans=1)
 
@@ -384,7 +370,7 @@ def test_wrap_networks_and_names(tmp_path):
     assert Teacher.wrap(network).model is network
     assert Teacher.wrap(network).name == "test_resnet"
     assert_is(Teacher.wrap(network), network)
-    native = vit()
+    native = vit(CLASSES)
     teacher = Teacher.wrap(native)
     assert torch.equal(teacher(pixel_values=IMAGES, labels=torch.tensor([0, 1])), answer(native))
     save_student(network, tmp_path)

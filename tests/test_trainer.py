@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from tiny import CLASSES, ConvNet, Images, config, networks
+from tiny import CLASSES, ConvNet, Images, config, networks, vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback, ViTForImageClassification
 
 import hf_kd
 from hf_kd import DistillationConfig, DistillationTrainer, Preprocessing, Teacher, create_student
@@ -406,16 +406,13 @@ def test_labels_as_whole_floats_and_as_probabilities(tmp_path):
 
 def test_soft_labels_never_set_the_problem_type(tmp_path):
     torch.manual_seed(0)
-    vit = ViTForImageClassification(
-        ViTConfig(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                  intermediate_size=8, num_labels=CLASSES)
-    )  # fmt: skip
+    student = vit(image_size=8)
     _, teacher = networks()
     data = Images(count=8)
-    trainer = make(tmp_path, vit, teacher, data)
+    trainer = make(tmp_path, student, teacher, data)
     soft = F.one_hot(data.labels, CLASSES).float()
     torch.testing.assert_close(loss_on(trainer, data, soft), loss_on(trainer, data, data.labels))
-    assert vit.config.problem_type is None
+    assert student.config.problem_type is None
 
 
 def test_unlabelled_samples_count_for_the_teacher_alone(tmp_path):
@@ -777,19 +774,12 @@ def test_compiled_students_save_clean_keys(tmp_path, how):
     assert resumed.state.global_step == 9
 
 
-def vit_student():
-    return ViTForImageClassification(
-        ViTConfig(image_size=32, patch_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                  intermediate_size=8, num_labels=CLASSES)
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", ["create_student", "bare timm", "transformers"])
 def test_every_kind_of_student_trains_resumes_and_reopens(tmp_path, kind):
     build = {
         "create_student": lambda: create_student("test_resnet", num_classes=CLASSES, img_size=32),
         "bare timm": lambda: timm.create_model("test_resnet", num_classes=CLASSES),
-        "transformers": vit_student,
+        "transformers": vit,
     }[kind]
     reopen = {
         "create_student": lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True),

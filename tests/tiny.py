@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_kd import DistillationConfig
 
@@ -43,6 +44,20 @@ class ConvNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.dropout(torch.relu(self.norm(self.conv(x))).flatten(1)))
+
+
+def vit(classes=CLASSES, image_size=32, **options):
+    """A transformers-native network: a ViT of one layer on four patches."""
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=image_size,
+        patch_size=image_size // 2,
+        **(options or {"num_labels": classes}),
+    )
+    return ViTForImageClassification(config)
 
 
 def networks(seed=0, dtype=torch.float32, **student_options):
