@@ -208,7 +208,8 @@ def write(
             parameters=parameters, megabytes=megabytes, latency_ms=latency_ms(network, example)
         )
     results["seconds"] = seconds
-    results["machine"] = f"{describe_machine()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    results["machine"] = f"{describe_machine()}, {threads} thread{'s' if threads > 1 else ''}"
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = table_of(results)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
