@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -156,8 +156,13 @@ class DistillationConfig(TrainingArguments):
         default=0.5, metadata={"help": "Probability of CutMix rather than mixup when both are on."}
     )
 
+    # --- TrainingArguments' own, without its None: it takes this name when none is given ---
+    output_dir: str = field(
+        default="trainer_output", metadata={"help": "Where checkpoints, the student and its card are written."}
+    )
+
     # --- Changed defaults ---
-    label_names: list[str] | None = field(
+    label_names: list[str] = field(
         default_factory=lambda: ["labels"], metadata={"help": "The batch entry that holds the labels."}
     )
     remove_unused_columns: bool = field(
@@ -189,6 +194,11 @@ class DistillationConfig(TrainingArguments):
     def uses_teacher(self) -> bool:
         """Whether the objective has a distillation term."""
         return self.loss != "ce" and self.beta != 0
+
+    @property
+    def loss_arguments(self) -> dict[str, Any]:
+        """``loss_kwargs``, which TrainingArguments has read from JSON if it was text."""
+        return cast("dict[str, Any]", self.loss_kwargs or {})
 
     @property
     def mixes(self) -> bool:

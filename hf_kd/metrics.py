@@ -339,7 +339,7 @@ class _LogitsMetric(evaluate.Metric):
         samples, classes = _check_matrix("predictions", logits)
         if samples == 0:
             raise ValueError(f"{self.name} got an empty batch: predictions have shape {tuple(logits.shape)}.")
-        columns = {}
+        columns: dict[str, Tensor | np.ndarray] = {}
         labels = teacher_logits = None
         if "references" in names:
             labels = columns["references"] = _check_labels(_to_tensor("references", references), samples, classes)

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import torch
@@ -212,7 +212,7 @@ class StudentCard:
         """
         args, state, student = trainer.args, trainer.state, unwrap(trainer.model)
         provenance = trainer.provenance()
-        settings = {key: str(value) for key, value in (args.loss_kwargs or {}).items()}
+        settings = {key: str(value) for key, value in args.loss_arguments.items()}
         if provenance["teacher"] and trainer.teacher is not None and trainer.teacher.is_module:
             provenance["teacher"]["parameters"] = sum(p.numel() for p in trainer.teacher.parameters())
         if teacher is not None:
@@ -373,15 +373,17 @@ class StudentCard:
             return None
         # A licence that someone wrote in by hand is one that was given.
         known = self.license or self.dataset_license
-        card = self if known else dataclasses.replace(self, license=old.data.license)
+        data = cast(ModelCardData, old.data)
+        card = self if known else dataclasses.replace(self, license=data.license)
         new = card.metadata
-        old.data.eval_results, old.data.model_name = new.eval_results, new.model_name
+        data.eval_results, data.model_name = new.eval_results, new.model_name
         generated = {*_TAGS, *LOSSES}
-        by_hand = [tag for tag in _lines(old.data.tags) if tag not in generated and tag not in new.tags]
-        new.tags = [*new.tags, *by_hand]
+        tags = new.tags or []
+        by_hand = [tag for tag in _lines(data.tags) if tag not in generated and tag not in tags]
+        new.tags = [*tags, *by_hand]
         for key, value in new.to_dict().items():
             if key != "model-index":
-                old.data[key] = value
+                data[key] = value
         before, _, rest = old.text.partition(BEGIN)
         after = rest.partition(END)[2]
         body = card._body().strip()
@@ -622,7 +624,7 @@ def _own_scheduler(trainer: DistillationTrainer) -> str | None:
 def _facts_of_model(student: nn.Module, has_processor: bool) -> dict[str, Any]:
     """How a student can be opened once it is saved."""
     if isinstance(student, PreTrainedModel) and not isinstance(student, TimmWrapperForImageClassification):
-        labels = student.config.id2label or {}
+        labels = cast("dict[int, str]", student.config.id2label or {})
         return {
             "library": "transformers",
             "model_class": type(student).__name__ if type(student).__module__.startswith("transformers.") else None,
@@ -681,7 +683,7 @@ def _evaluation(trainer: DistillationTrainer) -> dict[str, Any]:
     rows: dict[str, Mapping[str, Any]] = {f"these weights, on {name}": row for name, row in of_set.items()}
     if trainer.teacher_top1 is not None and "top1" in metrics:
         rows["teacher"] = {"top1": trainer.teacher_top1}
-    size = _length(next(iter(data.values())) if named else data)
+    size = _length(next(iter(data.values())) if isinstance(data, dict) and data else data)
     return {
         "metrics": metrics,
         "results": rows,

@@ -8,13 +8,13 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.initialization import no_init_weights
@@ -58,6 +58,7 @@ class Student(TimmWrapperForImageClassification):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
         """Write ``model.safetensors`` (timm's own keys) and ``config.json``; see :func:`save_student`."""
@@ -121,7 +122,8 @@ def create_student(
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
 
-    cfg = get_pretrained_cfg(name).to_dict()
+    # A model that was registered without one has timm's defaults, as in timm.create_model.
+    cfg = (get_pretrained_cfg(name) or PretrainedCfg()).to_dict()
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     cfg["input_size"] = (in_chans, *(size or cfg["input_size"][1:]))
     cfg = fit_channels(cfg, in_chans)
@@ -136,16 +138,17 @@ def create_student(
             cfg[key] = tuple(float(value) for value in values)
     cfg.update({key: value for key, value in (("interpolation", interpolation), ("crop_pct", crop_pct)) if value})
 
-    network = timm.create_model(
-        name, pretrained=pretrained, **({} if num_classes is None else {"num_classes": num_classes}), **timm_kwargs
-    )
+    network: Any = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **timm_kwargs)
     cfg["num_classes"] = network.num_classes
-    config = TimmWrapperConfig(
-        architecture=architecture,
-        num_labels=network.num_classes,
-        pretrained_cfg={key: cfg[key] for key in _KEPT_CFG if key in cfg},
-        model_args=timm_kwargs,
-    )
+    kept_cfg = {key: cfg[key] for key in _KEPT_CFG if key in cfg}
+    # As a dict, since the class declares only some of what it takes.
+    settings: dict[str, Any] = {
+        "architecture": architecture,
+        "num_labels": network.num_classes,
+        "pretrained_cfg": kept_cfg,
+        "model_args": timm_kwargs,
+    }
+    config = TimmWrapperConfig(**settings)
     if label_names is not None:
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: number for number, label in enumerate(label_names)}
@@ -153,7 +156,7 @@ def create_student(
     with torch.device("meta"), no_init_weights():
         student = Student(config)
     student.timm_model = network
-    student.timm_model.pretrained_cfg = {**network.pretrained_cfg, **config.pretrained_cfg}
+    student.timm_model.pretrained_cfg = {**network.pretrained_cfg, **kept_cfg}
     return student.train()
 
 
@@ -225,8 +228,12 @@ def load_student_weights(model: nn.Module, folder: str | os.PathLike[str]) -> No
 
 def _read_transformers_weights(model: PreTrainedModel, folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict in a folder of transformers, which names (and splits) tensors otherwise than in memory."""
-    loaded, report = type(model).from_pretrained(
-        folder, config=copy.deepcopy(model.config), ignore_mismatched_sizes=True, output_loading_info=True
+    # A pair, whatever its signature says: output_loading_info adds the report.
+    loaded, report = cast(
+        "tuple[PreTrainedModel, dict[str, Any]]",
+        type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), ignore_mismatched_sizes=True, output_loading_info=True
+        ),
     )
     weights = {key: value for key, value in loaded.state_dict().items() if key not in report["missing_keys"]}
     weights.update({key: torch.empty(0) for key in report["unexpected_keys"]})
@@ -264,17 +271,18 @@ def _clean(state_dict: Mapping[str, Tensor], clean_key: Callable[[str], str]) ->
 
 def export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[str, Any] | None:
     """config.json of a timm network for timm and transformers, or None for any other model."""
+    architecture: str | None
+    arguments: dict[str, Any] | None
     if isinstance(model, TimmWrapperForImageClassification):
         source, network = model.config, model.timm_model
         architecture, arguments = source.architecture, dict(source.model_args or {})
         cfg = dict(getattr(source, "pretrained_cfg", None) or network.pretrained_cfg)
-        default_labels = all(name == f"LABEL_{number}" for number, name in source.id2label.items())
-        label_names = label_names or (
-            None if default_labels else [source.id2label[i] for i in range(source.num_labels)]
-        )
+        labels = cast("dict[int, str]", source.id2label)
+        default_labels = all(name == f"LABEL_{number}" for number, name in labels.items())
+        label_names = label_names or (None if default_labels else [labels[number] for number in range(len(labels))])
     else:
         cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-        network, architecture, arguments = model, cfg.get("architecture"), {}
+        network, architecture = model, cfg.get("architecture")
         if not architecture or not timm.is_model(architecture):
             return None
         arguments = _arguments_of_bare(network, architecture)

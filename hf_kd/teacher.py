@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -266,7 +266,7 @@ class Teacher(nn.Module):
         if self.converter is not None and value.dim() == 4:
             # In fp32 or better: half precision would round the images before they are renormalised and resized.
             value = self.converter(value.to(torch.promote_types(value.dtype, torch.float32)))
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), value.dtype)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), value.dtype)
         return value.to(dtype)
 
     def _merge_classes(self, logits: Tensor) -> Tensor:
@@ -299,13 +299,18 @@ class Ensemble(Teacher):
         super().__init__(nn.ModuleList(members), name=" + ".join(member.name for member in members))
         self.own_num_classes = next(iter(counts), None)
 
+    @property
+    def members(self) -> list[Teacher]:
+        """The teachers, in order."""
+        return list(cast("Iterable[Teacher]", self.model))
+
     def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
-        for member in self.model:
+        for member in self.members:
             member.match(num_classes, preprocessing)
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        log_probs = torch.stack([F.log_softmax(member(*args, **inputs), dim=-1) for member in self.model])
-        return torch.logsumexp(log_probs, dim=0) - math.log(len(self.model))
+        log_probs = torch.stack([F.log_softmax(member(*args, **inputs), dim=-1) for member in self.members])
+        return torch.logsumexp(log_probs, dim=0) - math.log(len(self.members))
 
 
 def _default_name(model: Any) -> str:
@@ -313,7 +318,7 @@ def _default_name(model: Any) -> str:
     if cfg.get("architecture"):
         # Not with its tag: timm sets the default one whether or not those weights were loaded.
         return cfg["architecture"]
-    config_name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    config_name: str = getattr(getattr(model, "config", None), "_name_or_path", "")
     return config_name or getattr(model, "__name__", type(model).__name__)
 
 
@@ -345,7 +350,7 @@ def _class_groups(class_map: ClassMap | None) -> list[list[int]] | None:
     groups = []
     for number, entry in enumerate(class_map):
         group = [entry] if isinstance(entry, Integral) or not isinstance(entry, Iterable) else list(entry)
-        if not group or not all(isinstance(member, Integral) and member >= 0 for member in group):
+        if not group or not all(isinstance(member, Integral) and int(member) >= 0 for member in group):
             raise ValueError(
                 f"`class_map` must give each student class one or more of the teacher's class numbers, got {entry!r} "
                 f"for class {number}."
@@ -386,7 +391,7 @@ def _fetch(name: str, load: Callable[[], Any]) -> Any:
 
 def _not_fetched(name: str, error: Exception) -> RuntimeError:
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    hint = "Without a network, give a local folder, or a weights file as `checkpoint`."
+    hint = "Without a network, give a local folder, or a weights file as `checkpoint` (config: teacher_checkpoint)."
     if Path(name).expanduser().exists():
         hint = "The folder must be as timm, transformers or hf_kd saved it."
     return RuntimeError(f"The weights of {name} could not be loaded ({type(error).__name__}: {reason}). {hint}")

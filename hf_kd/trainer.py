@@ -11,7 +11,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import numpy as np
@@ -20,9 +20,10 @@ import torch
 import transformers
 from accelerate.logging import get_logger
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, get_last_checkpoint, has_length
 
@@ -73,7 +74,9 @@ class DistillationTrainer(Trainer):
     # compute_loss divides by the sample count of the whole optimiser step, so the loop must not divide again.
     loss_is_scaled_for_ga = True
 
+    # Narrower than Trainer declares them: a trainer that is built has both.
     args: DistillationConfig
+    model: nn.Module
 
     _tag_names = ["knowledge-distillation", "timm", "hf_kd"]
 
@@ -163,7 +166,7 @@ class DistillationTrainer(Trainer):
     @staticmethod
     def _build_loss(args: DistillationConfig, own: Callable[..., Any] | None) -> LogitLoss | None:
         if own is None:
-            return build_loss(args.loss, gamma=args.gamma, **(args.loss_kwargs or {})) if args.loss != "ce" else None
+            return build_loss(args.loss, gamma=args.gamma, **args.loss_arguments) if args.loss != "ce" else None
         if args.loss == "ce":
             raise ValueError('`distillation_loss` is given, and loss="ce" leaves it out: leave `loss` at its default.')
         if not callable(own):
@@ -208,7 +211,8 @@ class DistillationTrainer(Trainer):
 
     # ---- The loss --------------------------------------------------------------------------------------------------
 
-    def compute_loss(
+    # Trainer's type for num_items_in_batch has an int as well; _get_num_items_in_batch makes the one passed here.
+    def compute_loss(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -253,7 +257,7 @@ class DistillationTrainer(Trainer):
             terms["distill"] = self._distillation_term(student, teacher, inputs, own_samples, step_samples, processes)
         with torch.no_grad():
             self._meters.add_values("student_entropy", functional.entropy(student.log_probs))
-        loss = sum(terms.values())
+        loss = torch.stack(list(terms.values())).sum()
         self._check_finite(loss, terms, student, teacher)
         return (loss, student.raw) if return_outputs else loss
 
@@ -357,17 +361,16 @@ class DistillationTrainer(Trainer):
         """How many samples a batch has, and how many of them have a label: two scalars."""
         labels, mask = inputs.get(self._label_name), inputs.get("attention_mask")
         device = self.args.device
-        soft = labels is not None and is_soft(labels, self._student_classes)
-        sequences = labels is not None and not soft and labels.dim() > 1
+        if labels is None:
+            samples = torch.tensor(find_batch_size(inputs), device=device)
+            return samples, torch.zeros_like(samples)
+        soft = is_soft(labels, self._student_classes)
+        sequences = not soft and labels.dim() > 1
         if sequences and mask is not None and mask.shape == labels.shape:
             samples = mask.sum().to(device)
         else:
             samples = torch.tensor(labels.numel() if sequences else find_batch_size(inputs), device=device)
-        if labels is None:
-            labelled = torch.zeros_like(samples)
-        else:
-            labelled = samples if soft else labels.ne(IGNORE_INDEX).sum().to(device)
-        return samples, labelled
+        return samples, samples if soft else labels.ne(IGNORE_INDEX).sum().to(device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Samples and labels of a whole optimiser step, (2,), over its batches and all processes."""
@@ -478,8 +481,9 @@ class DistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         # Trainer averages over batches, whatever their size and number of labels; this is the mean over samples.
-        if self._default_metrics and f"{metric_key_prefix}_nll" in output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = output.metrics[f"{metric_key_prefix}_nll"]
+        values, nll = output.metrics or {}, f"{metric_key_prefix}_nll"
+        if self._default_metrics and nll in values:
+            values[f"{metric_key_prefix}_loss"] = values[nll]
         return output
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
@@ -519,12 +523,12 @@ class DistillationTrainer(Trainer):
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
 
-    def set_initial_training_values(self, args: DistillationConfig, dataloader: DataLoader) -> tuple[Any, ...]:
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         values = super().set_initial_training_values(args, dataloader)
         self._steps_per_epoch = values[1] if has_length(dataloader) else None
         return values
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         if not self.args.lr_milestones or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self._steps_per_epoch is None:
@@ -538,7 +542,8 @@ class DistillationTrainer(Trainer):
         def factor(step: int) -> float:
             return min(1.0, (step + 1) / (warmup + 1)) * self.args.lr_decay ** bisect_right(milestones, step)
 
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        # Trainer makes the optimiser first.
+        self.lr_scheduler = LambdaLR(cast(Optimizer, self.optimizer if optimizer is None else optimizer), factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -564,7 +569,8 @@ class DistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.isfile(os.path.join(best, WEIGHTS)):
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if best is None or sharded or not os.path.isfile(os.path.join(best, WEIGHTS)):
             super()._load_best_model()
         else:
             load_student_weights(self.model, best)
@@ -669,7 +675,7 @@ def _reduce_logits(logits: Any, labels: Tensor | None) -> Tensor:
 
 
 def _summarise(prediction: EvalPrediction) -> dict[str, float]:
-    return metrics.summarise(prediction.predictions)
+    return metrics.summarise(np.asarray(prediction.predictions))
 
 
 def _summarise_logits(prediction: EvalPrediction) -> dict[str, float]:

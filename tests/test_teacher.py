@@ -348,7 +348,7 @@ def test_without_a_network_a_name_gives_one_sentence(name, block_network, sleepl
     assert sum(sleepless) < 60
     message = str(caught.value)
     assert "\n" not in message
-    assert message.endswith("Without a network, give a local folder, or a weights file as `checkpoint`.")
+    assert message.endswith("or a weights file as `checkpoint` (config: teacher_checkpoint).")
 
 
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", "hf-hub:owner/name", "owner/name"])

@@ -955,3 +955,16 @@ def test_provenance_says_what_was_done(tmp_path):
     assert (function["loss"], function["gamma"]) == ("custom", None)
     alone = make(tmp_path, student, None, loss="ce").provenance()
     assert (alone["loss"], alone["teacher"], alone["beta"]) == ("ce", None, None)
+
+
+def test_a_float64_teacher_of_a_float32_student(tmp_path):
+    student, _ = networks()
+    _, teacher = networks(dtype=torch.float64)
+    data = Images(count=8)
+    trainer = make(tmp_path, student, teacher, data, gamma=0.5)
+    with torch.no_grad():
+        logits, teacher_logits = student.train()(data.pixel_values), teacher(data.pixel_values.double())
+    expected = F.cross_entropy(logits, data.labels) + wttm_loss(logits, teacher_logits, gamma=0.5)
+    assert trainer.teacher(data.pixel_values).dtype == torch.float64
+    trainer.train()
+    assert history(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-5)
