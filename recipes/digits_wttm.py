@@ -186,7 +186,10 @@ def compare(settings: dict[str, Any], data: Data, teacher: Teacher, folder: Path
             trainer, seconds = train_student(settings, fields, seed, data, stored, run)
             trainer.save_model()
             result, note = measure(trainer, seconds, data, test_logits), f"{seconds:.1f} s"
-            finished.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            # Whole or not at all: its presence is what says that the run is done.
+            unfinished = finished.with_suffix(".part")
+            unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            unfinished.replace(finished)
         results[name].append({"seed": seed, "folder": str(run.relative_to(folder)), **result})
         last = result["curve"][-1]
         print(
@@ -300,4 +303,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nStopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)

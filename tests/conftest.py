@@ -18,6 +18,7 @@ os.environ.pop("HF_TOKEN", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis.configuration import set_hypothesis_home_dir  # noqa: E402
 
 
 _LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
@@ -57,5 +58,6 @@ def fixed_seed():
 
 
 def pytest_configure(config):
+    set_hypothesis_home_dir(os.path.join(_CACHE.name, "hypothesis"))
     # Tiny models: a second thread costs more than it gives.
     torch.set_num_threads(1)
