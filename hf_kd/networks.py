@@ -237,6 +237,15 @@ class InputConverter(nn.Module):
         return pixel_values
 
 
+# ---- Weights -------------------------------------------------------------------------------------------------------
+
+
+def misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Keys of ``expected`` that ``given`` lacks, keys that it has beside them, and keys of another shape; sorted."""
+    shapes = (key for key in expected.keys() & given.keys() if given[key].shape != expected[key].shape)
+    return sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys()), sorted(shapes)
+
+
 # ---- Names ---------------------------------------------------------------------------------------------------------
 
 

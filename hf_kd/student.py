@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from .networks import check_sequence, fit_channels, num_classes_of, unknown_timm_name, unwrap
+from .networks import check_sequence, fit_channels, misfits, num_classes_of, unknown_timm_name, unwrap
 
 
 logger = logging.get_logger(__name__)
@@ -214,9 +214,8 @@ def load_student_weights(model: nn.Module, folder: str | os.PathLike[str]) -> No
         weights = {names.get(clean(key), key): value for key, value in load_file(Path(folder) / WEIGHTS).items()}
     # Tied weights are saved once: whatever shares its storage with a saved tensor is there too.
     saved = {own[key].data_ptr() for key in weights.keys() & own.keys()}
-    missing = sorted(key for key in own.keys() - weights.keys() if own[key].data_ptr() not in saved)
-    unexpected = sorted(weights.keys() - own.keys())
-    shapes = sorted(key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape)
+    absent, unexpected, shapes = misfits(own, weights)
+    missing = [key for key in absent if own[key].data_ptr() not in saved]
     if missing or unexpected or shapes:
         raise ValueError(
             f"The checkpoint {folder} holds another network than this student ({type(model).__name__}): "

@@ -18,7 +18,15 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import logging
 
-from .networks import InputConverter, Preprocessing, Signature, logits_of, num_classes_of, unknown_timm_name
+from .networks import (
+    InputConverter,
+    Preprocessing,
+    Signature,
+    logits_of,
+    misfits,
+    num_classes_of,
+    unknown_timm_name,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -466,12 +474,8 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> None:
             "or a .pth with a state dict and nothing that needs code to run."
         ) from error
     expected = model.state_dict()
-    missing, unexpected = expected.keys() - state_dict.keys(), state_dict.keys() - expected.keys()
-    shapes = [
-        f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}"
-        for key in expected.keys() & state_dict.keys()
-        if state_dict[key].shape != expected[key].shape
-    ]
+    missing, unexpected, differing = misfits(expected, state_dict)
+    shapes = [f"{key} {tuple(state_dict[key].shape)} for {tuple(expected[key].shape)}" for key in differing]
     if missing or unexpected or shapes:
         found = [
             f"{len(keys)} {what} (such as {min(keys)})"

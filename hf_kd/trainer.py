@@ -187,10 +187,9 @@ class DistillationTrainer(Trainer):
             inputs: the batch as the student sees it (mixed if mixing is on), labels included.
         """
         assert self.teacher is not None
-        # A callable gets the whole batch: it may know its samples by their index.
-        entries = inputs if not self.teacher.is_module else self._network_inputs(inputs)
+        # The whole batch: a network takes its own of it, and a callable may know its samples by their index.
         with self.accelerator.autocast():
-            return self.teacher(**entries)
+            return self.teacher(**self._with_usual_label_name(inputs))
 
     def compute_distillation_loss(
         self, student_outputs: Outputs, teacher_outputs: Outputs, inputs: Mapping[str, Any]
@@ -238,8 +237,8 @@ class DistillationTrainer(Trainer):
                 f"{tuple(student.logits.shape)} for the same batch: give `class_map` (config: teacher_class_map) if "
                 "they have different classes."
             )
-        own_samples, own_labels = self._count(inputs)
-        step_samples, step_labels = (own_samples, own_labels) if num_items_in_batch is None else num_items_in_batch
+        own_samples = self._count_samples(inputs)
+        step_samples, step_labels = (own_samples, None) if num_items_in_batch is None else num_items_in_batch
         # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
         processes = 1 if num_items_in_batch is None else self._loss_scale
 
@@ -251,6 +250,7 @@ class DistillationTrainer(Trainer):
                     f"{self.args.ce_weight}: add the labels, or set ce_weight=0 to learn from the teacher alone."
                 )
             ce, labelled = cross_entropy(student, labels, label_smoothing=self.args.label_smoothing_factor)
+            step_labels = labelled if step_labels is None else step_labels
             terms["ce"] = self.args.ce_weight * processes * ce / step_labels.clamp_min(1)
             self._meters.add("ce", ce, labelled)
         if teacher is not None:
@@ -285,12 +285,13 @@ class DistillationTrainer(Trainer):
         return self.beta * processes * means["distill"] * own_samples / step_samples
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
-        args, kwargs = self._student_signature.select(self._network_inputs(inputs))
+        args, kwargs = self._student_signature.select(self._with_usual_label_name(inputs))
         raw = model(*args, **kwargs)
         return Outputs(logits_of(raw), raw)
 
-    def _network_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in inputs.items() if key not in (self._label_name, "index")}
+    def _with_usual_label_name(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with its labels under "labels", by which networks are known not to want them."""
+        return {"labels" if key == self._label_name else key: value for key, value in inputs.items()}
 
     @property
     def _label_name(self) -> str:
@@ -357,26 +358,31 @@ class DistillationTrainer(Trainer):
         mask = inputs.get("attention_mask")
         return mask.bool() if mask is not None and mask.shape == logits.shape[:-1] else None
 
-    def _count(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """How many samples a batch has, and how many of them have a label: two scalars."""
+    def _count_samples(self, inputs: Mapping[str, Any]) -> Tensor:
+        """How many samples a batch has: every unpadded position where labels are sequences."""
         labels, mask = inputs.get(self._label_name), inputs.get("attention_mask")
         device = self.args.device
+        if labels is None or is_soft(labels, self._student_classes) or labels.dim() == 1:
+            return torch.tensor(find_batch_size(inputs), device=device)
+        if mask is not None and mask.shape == labels.shape:
+            return mask.sum().to(device)
+        return torch.tensor(labels.numel(), device=device)
+
+    def _count_labels(self, inputs: Mapping[str, Any]) -> Tensor:
+        """How many samples of a batch have a label."""
+        labels = inputs.get(self._label_name)
         if labels is None:
-            samples = torch.tensor(find_batch_size(inputs), device=device)
-            return samples, torch.zeros_like(samples)
-        soft = is_soft(labels, self._student_classes)
-        sequences = not soft and labels.dim() > 1
-        if sequences and mask is not None and mask.shape == labels.shape:
-            samples = mask.sum().to(device)
-        else:
-            samples = torch.tensor(labels.numel() if sequences else find_batch_size(inputs), device=device)
-        return samples, samples if soft else labels.ne(IGNORE_INDEX).sum().to(device)
+            return torch.tensor(0, device=self.args.device)
+        if is_soft(labels, self._student_classes):
+            return self._count_samples(inputs)
+        return labels.ne(IGNORE_INDEX).sum().to(self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Samples and labels of a whole optimiser step, (2,), over its batches and all processes."""
         if not batch_samples:
             return None
-        counts = torch.stack([torch.stack(self._count(batch)) for batch in batch_samples]).sum(dim=0)
+        pairs = [torch.stack([self._count_samples(batch), self._count_labels(batch)]) for batch in batch_samples]
+        counts = torch.stack(pairs).sum(dim=0)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return counts

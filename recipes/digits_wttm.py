@@ -34,6 +34,7 @@ from hf_kd import DistillationConfig, DistillationTrainer, Teacher, create_stude
 from hf_kd.data import DIGITS_CLASS_NAMES, DIGITS_MEAN, DIGITS_SIZE, DIGITS_STD, DigitsDataset, load_digits
 from hf_kd.metrics import per_sample_statistics, summarise
 from hf_kd.model_card import describe_training
+from hf_kd.networks import logits_of
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits" / "wttm.yaml"
@@ -58,8 +59,8 @@ class StoredLogits:
 
     def __init__(self, teacher: Teacher, data: Data) -> None:
         self.name = teacher.name
-        self.logits = logits_of(teacher, data.for_student)
-        validation = per_sample_statistics(logits_of(teacher, data.validation), data.validation.true_labels)
+        self.logits = all_logits(teacher, data.for_student)
+        validation = per_sample_statistics(all_logits(teacher, data.validation), data.validation.true_labels)
         self.top1 = summarise(validation)["top1"]
 
     def __call__(self, index: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -131,12 +132,12 @@ def get_teacher(settings: dict[str, Any], data: Data, folder: Path) -> Teacher:
 
 
 @torch.no_grad()
-def logits_of(network: torch.nn.Module, dataset: DigitsDataset) -> torch.Tensor:
+def all_logits(network: torch.nn.Module, dataset: DigitsDataset) -> torch.Tensor:
     """Logits on a whole data set, (N, 10), on the CPU, without augmentation."""
     device = next(network.parameters()).device
     batches = torch.arange(len(dataset)).split(500)
     outputs = [network(dataset.__getitems__(batch)["pixel_values"].to(device)) for batch in batches]
-    return torch.cat([getattr(output, "logits", output).cpu() for output in outputs])
+    return torch.cat([logits_of(output).cpu() for output in outputs])
 
 
 def train_student(
@@ -161,7 +162,7 @@ def train_student(
 def measure(trainer: DistillationTrainer, seconds: float, data: Data, teacher_test: torch.Tensor) -> dict[str, Any]:
     """Everything that is reported of one finished student."""
     student = trainer.model.eval()
-    rows = per_sample_statistics(logits_of(student, data.test), data.test.true_labels, teacher_test)
+    rows = per_sample_statistics(all_logits(student, data.test), data.test.true_labels, teacher_test)
     curve = [
         {key.removeprefix("eval_"): entry[key] for key in ("step", "eval_top1", "eval_nll", "eval_entropy")}
         for entry in trainer.state.log_history
@@ -172,7 +173,7 @@ def measure(trainer: DistillationTrainer, seconds: float, data: Data, teacher_te
 
 def compare(settings: dict[str, Any], data: Data, teacher: Teacher, folder: Path) -> dict[str, Any]:
     """Train every method with every seed, or take what an earlier launch has finished: all that is reported."""
-    stored, test_logits = StoredLogits(teacher, data), logits_of(teacher, data.test)
+    stored, test_logits = StoredLogits(teacher, data), all_logits(teacher, data.test)
     common = {key: settings[key] for key in ("data", "teacher", "student", "training")}
     jobs = list(itertools.product(settings["methods"], settings["seeds"]))
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings["methods"]}

@@ -308,6 +308,31 @@ def test_ensemble_teacher_is_the_mean_of_probabilities(tmp_path):
     torch.testing.assert_close(trainer.compute_teacher_logits({"pixel_values": images}).exp(), expected)
 
 
+def test_a_callable_in_an_ensemble_gets_the_whole_batch_too(tmp_path):
+    student, teacher = networks()
+    data = Images(count=8)
+    stored = torch.randn(8, CLASSES)
+    trainer = make(tmp_path, student, [teacher, CountingTeacher(stored)], data)
+    batch = {"pixel_values": data.pixel_values, "labels": data.labels, "index": torch.arange(8)}
+    expected = (teacher(data.pixel_values).softmax(-1) + stored.softmax(-1)) / 2
+    torch.testing.assert_close(trainer.compute_teacher_logits(batch).exp(), expected)
+
+
+def test_labels_under_another_name_stay_out_of_the_networks(tmp_path):
+    seen = []
+
+    class Anything(ConvNet):
+        def forward(self, **inputs):
+            seen.append(set(inputs))
+            return super().forward(inputs["pixel_values"])
+
+    torch.manual_seed(0)
+    data = Images(count=8)
+    trainer = make(tmp_path, Anything(), Anything(), data, label_names=["target"])
+    trainer.compute_loss(trainer.model.train(), {"pixel_values": data.pixel_values, "target": data.labels})
+    assert seen == [{"pixel_values"}] * 2
+
+
 def test_preflight_reports_top1_once_and_warns_at_chance(tmp_path, caplog):
     student, teacher = networks()
     data = Images(count=40, seed=1)

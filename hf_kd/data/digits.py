@@ -135,6 +135,7 @@ class DigitsDataset(EpochMixin, Dataset):
         # Three equal channels are kept as one: a third of the memory, and a batch is copied in half the time.
         same = len(set(mean)) == 1 and len(set(std)) == 1
         self._pixels = normalised[:, :1].contiguous() if same else normalised
+        self._black = ((0.0 - centre) / scale)[:, : self._pixels.shape[1]]
 
     @staticmethod
     def _hide(labels: torch.Tensor, labelled: int | None, seed: int) -> torch.Tensor:
@@ -176,8 +177,7 @@ class DigitsDataset(EpochMixin, Dataset):
         offsets = torch.randint(0, 2 * self.shift + 1, (len(self), 2), generator=generator)[rows]
         window = torch.arange(DIGITS_SIZE)
         down, right = (offsets[:, axis, None] + window for axis in (0, 1))
-        black = self._pixels.amin(dim=(0, 2, 3))
-        padded = black.view(1, -1, 1, 1).repeat(len(rows), 1, *(2 * [DIGITS_SIZE + 2 * self.shift]))
+        padded = self._black.repeat(len(rows), 1, *(2 * [DIGITS_SIZE + 2 * self.shift]))
         padded[:, :, self.shift : self.shift + DIGITS_SIZE, self.shift : self.shift + DIGITS_SIZE] = pixels
         batch = torch.arange(len(rows))
         # Indexing around the channel dimension puts it last.
