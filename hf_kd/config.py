@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from .losses import functional
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 else:
     # HfArgumentParser reads `float | str` as float alone and would refuse `--beta auto`; __post_init__ converts.
     NumberOrAuto = str
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -64,6 +69,17 @@ class DistillationConfig(TrainingArguments):
             Whether to measure the teacher's top-1 on the evaluation data once, before training.
         teacher_metrics (`bool`, *optional*, defaults to `False`):
             Whether evaluation also runs the teacher and reports the agreement with it.
+        teacher_dtype (`str`, *optional*):
+            `"bf16"`, `"fp16"` or `"fp32"`: the teacher's weights and its forward pass in this type, whatever
+            `mixed_precision` is. By default its weights are left as they are and it runs under the student's autocast.
+        teacher_compile (`bool`, *optional*, defaults to `False`):
+            Whether to run the teacher through torch.compile.
+        teacher_fsdp (`bool`, *optional*, defaults to `False`):
+            Whether to spread the teacher's weights over the processes (torch's fully_shard), for a teacher that does
+            not fit on one device. By default every process has the whole teacher.
+        teacher_weights_only (`bool`, *optional*, defaults to `True`):
+            Whether `teacher_checkpoint` may hold nothing but tensors. `False` unpickles it, which runs whatever
+            code is in it: for files that you wrote yourself.
 
         > Parameters that control the optimisation
 
@@ -78,6 +94,17 @@ class DistillationConfig(TrainingArguments):
         decay_all_parameters (`bool`, *optional*, defaults to `False`):
             Whether weight decay also applies to biases and normalisation layers, as in the paper's protocols.
 
+        > Parameters that say what to do with what is bad
+
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What to do with a loss or gradient that is not finite: `"raise"`, or `"skip"` the step: nothing is updated,
+            and `skipped_steps` is logged. Under fp16 the gradient scaler skips steps by itself.
+        max_nonfinite_steps (`int`, *optional*, defaults to `20`):
+            How many steps in a row may be skipped, by `"skip"` or by fp16's scaler; one more is an error.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`):
+            What to do with a sample that cannot be read: `"raise"`, or `"skip"`: another one takes its place (in
+            evaluation it does not count), and which ones were bad is reported after each epoch.
+
         > Parameters that mix images
 
         mixup_alpha (`float`, *optional*, defaults to `0.0`):
@@ -91,7 +118,10 @@ class DistillationConfig(TrainingArguments):
 
     NOTE: these defaults differ from TrainingArguments': `label_names` is `["labels"]` (was: found out from the model),
     `remove_unused_columns` is `False` (was `True`, which drops what the teacher needs), `logging_nan_inf_filter` is
-    `False` (was `True`: a non-finite loss is an error here).
+    `False` (was `True`: a non-finite loss is an error here), `enable_jit_checkpoint` is `True` (was `False`): SIGTERM
+    ends training with a checkpoint at the end of the step, on all processes alike, unless `save_strategy` is `"no"`;
+    `ddp_find_unused_parameters` is `False` (was: `True` for most models, which costs time in every step): set it for a
+    student with parameters that do not take part in every step.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
@@ -137,6 +167,30 @@ class DistillationConfig(TrainingArguments):
         default=False, metadata={"help": "Run the teacher in evaluation too and report the agreement with it."}
     )
 
+    teacher_dtype: str | None = field(
+        default=None, metadata={"help": "Run the teacher in bf16, fp16 or fp32, whatever the student's precision is."}
+    )
+    teacher_compile: bool = field(default=False, metadata={"help": "Run the teacher through torch.compile."})
+    teacher_fsdp: bool = field(
+        default=False, metadata={"help": "Spread the teacher's weights over the processes, if it does not fit on one."}
+    )
+    teacher_weights_only: bool = field(
+        default=True,
+        metadata={"help": "False unpickles teacher_checkpoint, which runs the code in it: for your own files only."},
+    )
+
+    # --- What is bad ---
+    on_nonfinite: str = field(
+        default="raise", metadata={"help": "On a loss or gradient that is not finite: raise, or skip the step."}
+    )
+    max_nonfinite_steps: int = field(
+        default=20, metadata={"help": "How many steps in a row may be skipped for it; one more is an error."}
+    )
+    on_bad_sample: str = field(
+        default="raise",
+        metadata={"help": "On a sample that cannot be read: raise, or skip it (another one takes its place)."},
+    )
+
     # --- The optimisation ---
     lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Epochs at which the learning rate is multiplied by lr_decay."}
@@ -171,6 +225,12 @@ class DistillationConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave non-finite losses out of the logged average."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without a gradient in every step (DDP)."}
+    )
+    enable_jit_checkpoint: bool = field(
+        default=True, metadata={"help": "End training with a checkpoint when SIGTERM comes."}
+    )
 
     def __post_init__(self) -> None:
         check_loss_name(self.loss)
@@ -186,6 +246,8 @@ class DistillationConfig(TrainingArguments):
         if self.optim == OptimizerNames.SGD and not self.optim_args:
             self.optim_args = f"momentum={self.momentum},nesterov={self.nesterov}"
         super().__post_init__()
+        if self.save_strategy == SaveStrategy.NO:
+            self.enable_jit_checkpoint = False
         if self.device.type == "cpu":
             # Nothing to pin for; torch would warn about it in every epoch.
             self.dataloader_pin_memory = False
@@ -199,6 +261,11 @@ class DistillationConfig(TrainingArguments):
     def loss_arguments(self) -> dict[str, Any]:
         """``loss_kwargs``, which TrainingArguments has read from JSON if it was text."""
         return cast("dict[str, Any]", self.loss_kwargs or {})
+
+    @property
+    def teacher_torch_dtype(self) -> torch.dtype | None:
+        """``teacher_dtype`` as torch's."""
+        return None if self.teacher_dtype is None else _DTYPES[self.teacher_dtype]
 
     @property
     def mixes(self) -> bool:
@@ -239,6 +306,14 @@ class DistillationConfig(TrainingArguments):
         self._check("label_smoothing_factor", "in [0, 1)", 0 <= self.label_smoothing_factor < 1)
         self._check("lr_decay", "in (0, 1]", 0 < self.lr_decay <= 1)
         self._check("momentum", "in [0, 1)", 0 <= self.momentum < 1)
+        self._check("max_nonfinite_steps", "at least 0", self.max_nonfinite_steps >= 0)
+        for name, allowed in (
+            ("on_nonfinite", ("raise", "skip")),
+            ("on_bad_sample", ("raise", "skip")),
+            ("teacher_dtype", (None, *_DTYPES)),
+        ):
+            listed = ", ".join(repr(value) for value in allowed)
+            self._check(name, f"one of {listed}", getattr(self, name) in allowed)
         for name in ("mixup_alpha", "cutmix_alpha"):
             self._check(name, "a number of at least 0", getattr(self, name) >= 0)
         for name in ("mixup_prob", "mixup_switch_prob"):
@@ -256,4 +331,4 @@ class DistillationConfig(TrainingArguments):
     def _check(self, name: str, allowed: str, valid: bool) -> None:
         value = getattr(self, name)
         if not valid or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"`{name}` must be {allowed}, got {value}.")
+            raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")

@@ -14,8 +14,9 @@ class Meters:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Add a sum over ``count`` samples, both scalars."""
+        """Add a sum over ``count`` samples, both scalars; one that is not finite is left out."""
         pair = torch.stack([total.detach(), count.detach().to(total.dtype)])
+        pair = torch.where(torch.isfinite(pair[0]), pair, 0.0)
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def add_values(self, name: str, values: Tensor) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImage
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from .files import atomic_write, write_text
 from .networks import check_sequence, fit_channels, misfits, num_classes_of, unknown_timm_name, unwrap
 
 
@@ -193,9 +194,10 @@ def save_student(
         model.save_pretrained(folder, state_dict=state_dict)
         return
     state_dict = model.state_dict() if state_dict is None else state_dict
-    save_file(_clean(state_dict, _key_cleaner(model)), Path(folder) / WEIGHTS, metadata={"format": "pt"})
+    with atomic_write(Path(folder) / WEIGHTS) as draft:
+        save_file(_clean(state_dict, _key_cleaner(model)), draft, metadata={"format": "pt"})
     if config is not None:
-        (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_student_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:

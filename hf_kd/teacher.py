@@ -27,6 +27,7 @@ from .networks import (
     num_classes_of,
     unknown_timm_name,
 )
+from .sharding import shard_teacher
 
 
 logger = logging.get_logger(__name__)
@@ -102,6 +103,7 @@ class Teacher(nn.Module):
         class_map: ClassMap | None = None,
         preprocessing: Preprocessing | None = None,
         input_size: int | tuple[int, int] | None = None,
+        weights_only: bool = True,
         **options: Any,
     ) -> Teacher:
         """Load a teacher by name.
@@ -115,6 +117,8 @@ class Teacher(nn.Module):
             checkpoint: a weights file for the named timm architecture: safetensors, or ``.pth`` with the weights at
                 the top or under ``model`` or ``state_dict``, read without unpickling code.
             class_map, preprocessing, input_size: see :class:`Teacher`.
+            weights_only: whether ``checkpoint`` may hold nothing but tensors. ``False`` unpickles a ``.pth``, which
+                runs whatever code is in it: for files that you wrote yourself.
             options: for ``timm.create_model``, such as ``in_chans``.
 
         Raises:
@@ -127,7 +131,7 @@ class Teacher(nn.Module):
         if checkpoint is not None:
             source = f"local-dir:{path}" if path.is_dir() else name
             model = _fetch(name, lambda: _timm_model(source, num_classes=num_classes, **options))
-            _load_weights(model, Path(checkpoint).expanduser(), name)
+            _load_weights(model, Path(checkpoint).expanduser(), name, weights_only)
         elif path.is_file():
             if not _is_timm_folder(path.parent):
                 raise ValueError(
@@ -135,7 +139,7 @@ class Teacher(nn.Module):
                     "belongs to: give the architecture as the name and the file as `checkpoint`."
                 )
             model = timm.create_model(f"local-dir:{path.parent}", **options)
-            _load_weights(model, path, name)
+            _load_weights(model, path, name, weights_only)
         elif path.is_dir():
             model, preprocessing = _from_folder(path, preprocessing, options)
         elif name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
@@ -172,7 +176,7 @@ class Teacher(nn.Module):
         """A teacher from whatever a trainer accepts: a name, path, module, callable, Teacher, or a list of these.
 
         A list becomes an :class:`Ensemble`. The options are those of :meth:`from_pretrained`; only names take
-        ``num_classes`` and ``checkpoint``, and a Teacher is built already and takes none.
+        ``num_classes``, ``checkpoint`` and ``weights_only``, and a Teacher is built already and takes none.
         """
         options = {key: value for key, value in options.items() if value is not None}
         if isinstance(teacher, Teacher):
@@ -186,7 +190,7 @@ class Teacher(nn.Module):
             return cls.from_pretrained(teacher, **options)
         if isinstance(teacher, (list, tuple)):
             return Ensemble([cls.wrap(member, **options) for member in teacher])
-        for_names = sorted(options.keys() & {"num_classes", "checkpoint"})
+        for_names = sorted(options.keys() & {"num_classes", "checkpoint", "weights_only"})
         if for_names:
             raise ValueError(
                 f"{', '.join(for_names)} belong to a teacher given by name, not to a {type(teacher).__name__}: leave "
@@ -245,6 +249,42 @@ class Teacher(nn.Module):
                 *self.preprocessing.input_size[1:],
                 self.name,
             )
+
+    def place(
+        self,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        sharded: bool = False,
+    ) -> None:
+        """Bring the network to where it will run.
+
+        Args:
+            device: of this process.
+            dtype: of its weights; by default they are left as they are. Images are still converted in fp32.
+            compile: run it through torch.compile, with the default backend.
+            sharded: spread its weights over all processes (:func:`hf_kd.sharding.shard_teacher`) instead of having
+                them whole on each.
+
+        Raises:
+            ValueError: if the teacher is a callable and anything but a device is asked for.
+            RuntimeError: for ``sharded`` where torch.distributed is not running.
+        """
+        if not isinstance(self.model, nn.Module):
+            if dtype is not None or compile or sharded:
+                raise ValueError(
+                    f"The teacher {self.name} is a function, of which neither type nor place can be changed "
+                    "(teacher_dtype, teacher_compile, teacher_fsdp): do it inside the function."
+                )
+            return
+        if dtype is not None:
+            self.model.to(dtype)
+        if sharded:
+            shard_teacher(self.model, device)
+        self.to(device)
+        if compile:
+            self.model.compile()
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode, whatever is asked: a teacher's batch statistics and dropout are fixed."""
@@ -315,6 +355,10 @@ class Ensemble(Teacher):
     def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
         for member in self.members:
             member.match(num_classes, preprocessing)
+
+    def place(self, device: torch.device, **options: Any) -> None:
+        for member in self.members:
+            member.place(device, **options)
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
         log_probs = torch.stack([F.log_softmax(member(*args, **inputs), dim=-1) for member in self.members])
@@ -461,17 +505,18 @@ def _from_transformers(
     return model, preprocessing
 
 
-def _load_weights(model: nn.Module, path: Path, name: str) -> None:
+def _load_weights(model: nn.Module, path: Path, name: str, weights_only: bool) -> None:
     """Strictly, from safetensors or a ``.pth`` that holds nothing but tensors."""
     if not path.is_file():
         raise ValueError(f"The teacher's checkpoint {path} does not exist or is no file.")
     try:
-        state_dict = load_state_dict(str(path), weights_only=True)
+        state_dict = load_state_dict(str(path), weights_only=weights_only)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RuntimeError(
             f"The teacher's checkpoint {path} could not be read as plain weights ({reason}): give a safetensors file, "
-            "or a .pth with a state dict and nothing that needs code to run."
+            "or a .pth with a state dict and nothing that needs code to run. If you wrote the file yourself, "
+            "weights_only=False (config: teacher_weights_only) runs the code in it."
         ) from error
     expected = model.state_dict()
     missing, unexpected, differing = misfits(expected, state_dict)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import platform
 import random
+import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,26 +21,43 @@ import timm
 import torch
 import transformers
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, get_last_checkpoint, has_length
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    PredictionOutput,
+    SaveStrategy,
+    has_length,
+    rotate_checkpoints,
+)
 
-from . import metrics
+from . import checkpoints, metrics
 from .config import DistillationConfig
+from .data.bad_sample_report import BadSampleReport
+from .data.bad_samples import SkippingDataset
 from .data.collate import collate
 from .data.mixing import BatchMixer
+from .data.padding import SAMPLE_MASK, Numbered, mark_padding
 from .data.views import EpochCallback
-from .labels import IGNORE_INDEX, is_soft, normalise_labels
+from .files import atomic_write, write_text
+from .labels import is_soft, normalise_labels
+from .launch import check_launch
 from .losses import Outputs, functional
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, num_classes_of, unwrap
+from .nonfinite import FiniteGuard
+from .preemption import EXIT_STATUS, PreemptionCallback, let_workers_finish
 from .preflight import mean_power_sum, teacher_top1
+from .samples import count_labels, count_samples, sample_mask, without_repeats
 from .student import WEIGHTS, load_student_weights, save_student
 from .teacher import Teacher
 from .version import __version__
@@ -103,6 +122,7 @@ class DistillationTrainer(Trainer):
                 f"start the script with `accelerate launch --multi_gpu --num_processes {args.n_gpu} SCRIPT.py`, or "
                 "choose one GPU with CUDA_VISIBLE_DEVICES."
             )
+        _check_output_dir(args)
         self.teacher = self._build_teacher(teacher_model, args, model)
         self.distillation_loss = self._build_loss(args, distillation_loss)
         self.beta: float | None = None if args.beta == "auto" else float(args.beta)
@@ -116,11 +136,16 @@ class DistillationTrainer(Trainer):
             trainer_kwargs["preprocess_logits_for_metrics"] = _reduce_logits
         if trainer_kwargs.get("data_collator") is None and trainer_kwargs.get("processing_class") is None:
             trainer_kwargs["data_collator"] = collate
-        trainer_kwargs["callbacks"] = [EpochCallback(), *(trainer_kwargs.get("callbacks") or [])]
+        self._preemption = PreemptionCallback()
+        own = [EpochCallback(), BadSampleReport(), self._preemption]
+        trainer_kwargs["callbacks"] = [*own, *(trainer_kwargs.get("callbacks") or [])]
         # Trainer sets transformers' verbosity by the same argument.
         logging.getLogger(__package__).setLevel(args.get_process_log_level())
-        with _without_label_smoothing(args):
+        # Trainer's constructor asks for model.config when labels are smoothed, which the loss does here; and it would
+        # install a SIGTERM handler of its own.
+        with _changed(args, label_smoothing_factor=0.0, enable_jit_checkpoint=False):
             super().__init__(model, args, **trainer_kwargs)
+        check_launch(self.args)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` would replace the distillation objective: pass `distillation_loss`, or override "
@@ -132,12 +157,33 @@ class DistillationTrainer(Trainer):
         self._student_classes = num_classes_of(student)
         self._meters = Meters()
         self._logged_components: dict[str, float] = {}
-        self._nonfinite: Tensor | None = None
+        self._guard = FiniteGuard(
+            self.args.on_nonfinite, self.args.max_nonfinite_steps, deferred=self.args.device.type != "cpu"
+        )
+        self._step_batches: list[dict[str, Any]] = []
+        self._counted_step = 0
+        self._save_total_limit = self.args.save_total_limit
+        self._skipping: dict[int, SkippingDataset] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
         if self.teacher is not None:
             self.teacher.match(self._student_classes, Preprocessing.of(student))
-            self.teacher.to(self.args.device)
+            self.teacher.place(
+                self.args.device,
+                dtype=self.args.teacher_torch_dtype,
+                compile=self.args.teacher_compile,
+                sharded=self.args.teacher_fsdp,
+            )
+        if self.accelerator.num_processes > 1 and not self.accelerator.even_batches:
+            raise ValueError(
+                "accelerator_config has even_batches=False: with several processes some would have no last batch, and "
+                "the others would wait for them for ever. Leave it True: repeats that fill batches up do not count."
+            )
+        if self.is_deepspeed_enabled and self.args.on_nonfinite == "skip":
+            raise ValueError(
+                'on_nonfinite="skip" cannot take back a step of DeepSpeed, which updates the weights itself: use '
+                '"raise", or fp16, whose loss scaler skips such steps.'
+            )
 
     # ---- Set-up ----------------------------------------------------------------------------------------------------
 
@@ -161,6 +207,7 @@ class DistillationTrainer(Trainer):
             num_classes=args.teacher_num_classes,
             class_map=args.teacher_class_map,
             input_size=args.teacher_input_size,
+            weights_only=None if args.teacher_weights_only else False,
         )
 
     @staticmethod
@@ -187,8 +234,10 @@ class DistillationTrainer(Trainer):
             inputs: the batch as the student sees it (mixed if mixing is on), labels included.
         """
         assert self.teacher is not None
+        # In a dtype of its own, the teacher runs in that alone.
+        own_dtype = self.args.teacher_torch_dtype is not None
         # The whole batch: a network takes its own of it, and a callable may know its samples by their index.
-        with self.accelerator.autocast():
+        with contextlib.nullcontext() if own_dtype else self.accelerator.autocast():
             return self.teacher(**self._with_usual_label_name(inputs))
 
     def compute_distillation_loss(
@@ -237,7 +286,7 @@ class DistillationTrainer(Trainer):
                 f"{tuple(student.logits.shape)} for the same batch: give `class_map` (config: teacher_class_map) if "
                 "they have different classes."
             )
-        own_samples = self._count_samples(inputs)
+        own_samples = count_samples(inputs, self._label_name, self._student_classes, self.args.device)
         step_samples, step_labels = (own_samples, None) if num_items_in_batch is None else num_items_in_batch
         # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
         processes = 1 if num_items_in_batch is None else self._loss_scale
@@ -249,16 +298,23 @@ class DistillationTrainer(Trainer):
                     f"The batch has no {self._label_name!r} (it has {', '.join(inputs)}), and `ce_weight` is "
                     f"{self.args.ce_weight}: add the labels, or set ce_weight=0 to learn from the teacher alone."
                 )
-            ce, labelled = cross_entropy(student, labels, label_smoothing=self.args.label_smoothing_factor)
+            ce, labelled = cross_entropy(
+                student,
+                labels,
+                label_smoothing=self.args.label_smoothing_factor,
+                mask=sample_mask(inputs, student.logits.shape[:-1]) if SAMPLE_MASK in inputs else None,
+            )
             step_labels = labelled if step_labels is None else step_labels
             terms["ce"] = self.args.ce_weight * processes * ce / step_labels.clamp_min(1)
             self._meters.add("ce", ce, labelled)
         if teacher is not None:
             terms["distill"] = self._distillation_term(student, teacher, inputs, own_samples, step_samples, processes)
         with torch.no_grad():
-            self._meters.add_values("student_entropy", functional.entropy(student.log_probs))
+            mask = sample_mask(inputs, student.logits.shape[:-1])
+            entropy = functional.entropy(student.log_probs)
+            self._meters.add_values("student_entropy", entropy if mask is None else entropy[mask])
+        self._guard.watch_loss(terms, student, teacher, inputs, self.state.global_step + 1)
         loss = torch.stack(list(terms.values())).sum()
-        self._check_finite(loss, terms, student, teacher)
         return (loss, student.raw) if return_outputs else loss
 
     def _distillation_term(
@@ -272,7 +328,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         parts = self.compute_distillation_loss(student, teacher, inputs)
         parts = parts if isinstance(parts, dict) else {"distill": parts}
-        mask = self._sample_mask(inputs, student.logits)
+        mask = sample_mask(inputs, student.logits.shape[:-1])
         means = {}
         for name, value in parts.items():
             if mask is not None and value.shape == mask.shape:
@@ -291,7 +347,11 @@ class DistillationTrainer(Trainer):
 
     def _with_usual_label_name(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its labels under "labels", by which networks are known not to want them."""
-        return {"labels" if key == self._label_name else key: value for key, value in inputs.items()}
+        return {
+            "labels" if key == self._label_name else key: value
+            for key, value in inputs.items()
+            if key != SAMPLE_MASK  # ours: it is in the last batch alone, which no function of a user's expects
+        }
 
     @property
     def _label_name(self) -> str:
@@ -329,70 +389,64 @@ class DistillationTrainer(Trainer):
         mixed = {**inputs, "pixel_values": images}
         return mixed if targets is None else {**mixed, self._label_name: targets}
 
-    def _check_finite(
-        self, loss: Tensor, terms: Mapping[str, Tensor], student: Outputs, teacher: Outputs | None
-    ) -> None:
-        """Stop at a loss that is not a number: at once on the CPU, at the next log on an accelerator (no stall)."""
-        finite = torch.isfinite(loss.detach())
-        if loss.device.type != "cpu":
-            self._nonfinite = ~finite if self._nonfinite is None else self._nonfinite | ~finite
-            return
-        if not finite:
-            where = [name for name, term in terms.items() if not bool(torch.isfinite(term))]
-            nan = [who for who, outputs in (("student", student), ("teacher", teacher))
-                   if outputs is not None and bool(outputs.logits.isnan().any())]  # fmt: skip
-            raise RuntimeError(self._nonfinite_message(", ".join(where) or "sum", " and ".join(nan)))
+    # ---- Data ------------------------------------------------------------------------------------------------------
 
-    def _nonfinite_message(self, component: str, nan_in: str) -> str:
-        cause = f" The {nan_in} logits hold NaN." if nan_in else ""
-        return (
-            f"The loss is not finite at step {self.state.global_step + 1} (component: {component}).{cause} Training "
-            "stopped before the update; the last checkpoint is untouched. Lower the learning rate or beta, or look at "
-            "the data of this step."
-        )
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, *, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        if self.args.on_bad_sample == "skip":
+            dataset = self._passing_over_bad_samples(dataset, is_training)
+        streams = isinstance(dataset, IterableDataset)
+        if streams and self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
+            dataset = Numbered(dataset)
+        loader = super()._get_dataloader(dataset, is_training=is_training, **kwargs)
+        let_workers_finish(loader)
+        return loader
 
-    # ---- Counting over an optimiser step ---------------------------------------------------------------------------
+    def _passing_over_bad_samples(self, dataset: Any, is_training: bool) -> Any:
+        if not isinstance(dataset, IterableDataset):
+            # One for all loaders of a data set: it knows what was bad.
+            return self._skipping.setdefault(id(dataset), SkippingDataset(dataset, evaluation=not is_training))
+        if not hasattr(dataset, "on_bad_sample"):
+            raise ValueError(
+                f'on_bad_sample="skip" cannot go on with a {type(dataset).__name__}, which ends with its first error: '
+                "catch the errors in its __iter__, or use hf_kd.data.HubImageStream."
+            )
+        dataset.on_bad_sample = "skip"
+        return dataset
 
-    def _sample_mask(self, inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
-        """For sequences of samples, (B, L, K): which of them are real, rather than padding."""
-        mask = inputs.get("attention_mask")
-        return mask.bool() if mask is not None and mask.shape == logits.shape[:-1] else None
-
-    def _count_samples(self, inputs: Mapping[str, Any]) -> Tensor:
-        """How many samples a batch has: every unpadded position where labels are sequences."""
-        labels, mask = inputs.get(self._label_name), inputs.get("attention_mask")
-        device = self.args.device
-        if labels is None or is_soft(labels, self._student_classes) or labels.dim() == 1:
-            return torch.tensor(find_batch_size(inputs), device=device)
-        if mask is not None and mask.shape == labels.shape:
-            return mask.sum().to(device)
-        return torch.tensor(labels.numel(), device=device)
-
-    def _count_labels(self, inputs: Mapping[str, Any]) -> Tensor:
-        """How many samples of a batch have a label."""
-        labels = inputs.get(self._label_name)
-        if labels is None:
-            return torch.tensor(0, device=self.args.device)
-        if is_soft(labels, self._student_classes):
-            return self._count_samples(inputs)
-        return labels.ne(IGNORE_INDEX).sum().to(self.args.device)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        """Samples and labels of a whole optimiser step, (2,), over its batches and all processes."""
-        if not batch_samples:
-            return None
-        pairs = [torch.stack([self._count_samples(batch), self._count_labels(batch)]) for batch in batch_samples]
-        counts = torch.stack(pairs).sum(dim=0)
-        if self.args.world_size > 1 and self.args.average_tokens_across_devices:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        return counts
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of an optimiser step, and how many samples and labels, (2,), they have over all processes."""
+        batches = [mark_padding(batch, self.accelerator) for batch in itertools.islice(epoch_iterator, num_batches)]
+        self._step_batches = batches
+        if not batches:
+            return batches, None
+        kind = (self._label_name, self._student_classes, self.args.device)
+        pairs = [torch.stack([count_samples(batch, *kind), count_labels(batch, *kind)]) for batch in batches]
+        own = torch.stack(pairs).sum(dim=0)
+        summed = self._preemption.share(own, self.accelerator)
+        return batches, summed if self.args.average_tokens_across_devices else own
 
     # ---- Before training -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, after the teacher's preflight and the choice of beta; a resumed run has both in its checkpoint."""
+        """Train, after the teacher's preflight and the choice of beta; a resumed run has both in its checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; or True for the last complete one in ``output_dir``, and
+                for the beginning if there is none yet, so that one command starts a run and goes on with it.
+
+        Raises:
+            SystemExit: with status 143, after a checkpoint, if SIGTERM came (see ``enable_jit_checkpoint``).
+        """
+        if self.train_dataset is not None and has_length(self.train_dataset) and len(self.train_dataset) == 0:
+            raise ValueError("`train_dataset` is empty (its length is 0): give data to train on.")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = self._last_checkpoint()
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = self._checked_checkpoint(str(resume_from_checkpoint))
         if isinstance(resume_from_checkpoint, str):
             self._restore_provenance(resume_from_checkpoint)
         if self.args.uses_teacher:
@@ -400,7 +454,57 @@ class DistillationTrainer(Trainer):
                 self._preflight()
             if self.beta is None:
                 self.beta = self._measure_beta()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._guard.check()
+        finally:
+            self._preemption.restore()
+        if self._preemption.stopped_at is not None:
+            if self.is_world_process_zero():
+                logger.warning(
+                    "SIGTERM: training stopped after step %d with a checkpoint in %s; go on with "
+                    "train(resume_from_checkpoint=True).",
+                    self._preemption.stopped_at,
+                    self.args.output_dir,
+                )
+            raise SystemExit(EXIT_STATUS)
+        return output
+
+    def _last_checkpoint(self) -> str | None:
+        """The last complete checkpoint, the same for all processes, or None."""
+        found: list[str | None] = [None]
+        if self.is_world_process_zero():
+            last = checkpoints.last_complete(self.args.output_dir)
+            found = [None if last is None else str(last)]
+        broadcast_object_list(found)
+        if found[0] is None:
+            logger.warning(
+                "There is no complete checkpoint in %s to resume from: training starts at the beginning.",
+                self.args.output_dir,
+            )
+        elif not Path(found[0]).is_dir():
+            raise RuntimeError(
+                f"Process {self.args.process_index} does not see the checkpoint {found[0]}, which the first process "
+                "found: put `output_dir` where all machines share it, or copy the checkpoint to each of them."
+            )
+        return found[0]
+
+    def _checked_checkpoint(self, checkpoint: str) -> str:
+        folder = Path(checkpoint)
+        if not (folder / TRAINER_STATE_NAME).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` {checkpoint} is no checkpoint (a folder with {TRAINER_STATE_NAME}): give "
+                "one, or True for the last complete one in `output_dir`."
+            )
+        reason = checkpoints.defect(folder)
+        if reason is not None and (folder / checkpoints.MANIFEST).is_file():
+            raise ValueError(
+                f"The checkpoint {checkpoint} is damaged: {reason}. Resume from another one, or with "
+                "resume_from_checkpoint=True from the last complete one."
+            )
+        if reason is not None:
+            logger.warning("The checkpoint %s may be incomplete: %s.", checkpoint, reason)
+        return checkpoint
 
     def _restore_provenance(self, checkpoint: str) -> None:
         path = Path(checkpoint) / PROVENANCE
@@ -410,6 +514,20 @@ class DistillationTrainer(Trainer):
         self.teacher_top1 = (saved.get("teacher") or {}).get("top1")
         if self.args.beta == "auto":
             self.beta = saved.get("beta")
+        now = self.provenance()
+        compared = ("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes")
+        changed = [
+            f"{key} was {saved[key]} and is {now[key]}" for key in compared if key in saved and saved[key] != now[key]
+        ]
+        was, is_now = ((values.get("teacher") or {}).get("id") for values in (saved, now))
+        if was != is_now:
+            changed.append(f"the teacher was {was} and is {is_now}")
+        if changed:
+            logger.warning(
+                "Going on from %s with other settings, which is not the run that it began: %s.",
+                checkpoint,
+                "; ".join(changed),
+            )
 
     @torch.no_grad()
     def _preflight(self) -> None:
@@ -448,7 +566,10 @@ class DistillationTrainer(Trainer):
         return beta
 
     def _batches(self, dataloader: DataLoader) -> Iterator[dict[str, Any]]:
-        return (self._with_checked_labels(self._prepare_inputs(inputs)) for inputs in dataloader)
+        return (
+            self._with_checked_labels(self._prepare_inputs(mark_padding(inputs, self.accelerator)))
+            for inputs in dataloader
+        )
 
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
@@ -463,8 +584,10 @@ class DistillationTrainer(Trainer):
 
         With ``teacher_metrics`` and a ``compute_metrics`` of your own, the predictions are (student, teacher) logits.
         """
-        inputs = self._with_checked_labels(self._prepare_inputs(inputs))
+        inputs = self._with_checked_labels(self._prepare_inputs(mark_padding(inputs, self.accelerator)))
         labels = inputs.get(self._label_name)
+        if labels is not None and not is_soft(labels, self._student_classes):
+            labels = without_repeats(labels, inputs.get(SAMPLE_MASK))
         with torch.no_grad():
             student = self._student_outputs(model, inputs)
             loss = None
@@ -507,14 +630,27 @@ class DistillationTrainer(Trainer):
     # ---- Logging ---------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._count_scaler_steps()
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._guard.check()
         # Reduced here, where every process passes, and not in log(), which a user may call on one process alone.
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            if self._nonfinite is not None and bool(self._nonfinite):
-                raise RuntimeError(self._nonfinite_message("some step since the last log", ""))
             self._logged_components = self._meters.means(self.accelerator)
             if self.args.uses_teacher and self.beta is not None:
                 self._logged_components["beta"] = self.beta
+            if self._guard.skipped:
+                self._logged_components["skipped_steps"] = self._guard.skipped
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _count_scaler_steps(self) -> None:
+        """Count the updates that fp16's gradient scaler skipped, as it does to find its scale."""
+        if self.accelerator.scaler is None or self._counted_step == self.state.global_step:
+            return
+        self._counted_step = self.state.global_step
+        if self.accelerator.optimizer_step_was_skipped:
+            self._guard.count_skipped(f"The scaled fp16 gradient is not finite at step {self.state.global_step}.")
+        else:
+            self._guard.count_taken()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -523,6 +659,16 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # ---- Optimiser and schedule ------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # A step that is skipped is left out of the average that is logged.
+        return torch.where(torch.isfinite(loss), loss, 0.0) if self.args.on_nonfinite == "skip" else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._guard.watch_gradient(norm, model, self._step_batches, self.state.global_step + 1, self.accelerator)
+        return norm
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.args.decay_all_parameters:
@@ -564,8 +710,47 @@ class DistillationTrainer(Trainer):
         save_student(self.model, folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
-        (folder / PROVENANCE).write_text(json.dumps(self.provenance(), indent=2) + "\n", encoding="utf-8")
+        # As the user gave them, but for what is secret.
+        given = _changed(self.args, hub_token=None, save_total_limit=self._save_total_limit)
+        with given, atomic_write(folder / TRAINING_ARGS_NAME) as draft:
+            torch.save(self.args, draft)
+        write_text(folder / PROVENANCE, json.dumps(self.provenance(), indent=2) + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, sealed when it is complete; only then may older ones go."""
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.discard(folder)
+        self.accelerator.wait_for_everyone()
+        limit = self._save_total_limit = self.args.save_total_limit
+        try:
+            with _changed(self.args, save_total_limit=None):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.seal(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._not_saved(folder, error) from error
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _not_saved(self, folder: Path, error: Exception) -> RuntimeError:
+        if self.args.should_save:
+            # What was written of it takes up the space that may have been missing.
+            checkpoints.discard(folder)
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        last = checkpoints.last_complete(folder.parent)
+        kept = f"the last complete checkpoint is {last}" if last else "there is no earlier checkpoint"
+        return RuntimeError(
+            f"The checkpoint {folder} could not be written ({reason}), and training stopped: {kept}. Make room on the "
+            "disk (save_total_limit keeps fewer checkpoints) and go on with train(resume_from_checkpoint=True)."
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not (Path(resume_from_checkpoint) / WEIGHTS).is_file():
@@ -650,6 +835,7 @@ class DistillationTrainer(Trainer):
             "balance_lambda": args.balance_lambda if args.beta == "auto" else None,
             "ce_weight": args.ce_weight,
             "seed": args.seed,
+            "processes": args.world_size,
             "global_step": self.state.global_step,
             "versions": {
                 "hf_kd": __version__,
@@ -691,14 +877,31 @@ def _summarise_logits(prediction: EvalPrediction) -> dict[str, float]:
     return metrics.summarise(rows)
 
 
-@contextlib.contextmanager
-def _without_label_smoothing(args: DistillationConfig) -> Iterator[None]:
-    """Trainer's constructor asks for ``model.config`` when labels are smoothed; here the loss smooths them itself."""
-    smoothing, args.label_smoothing_factor = args.label_smoothing_factor, 0.0
+def _check_output_dir(args: DistillationConfig) -> None:
+    """Find out now, not at the first checkpoint, whether the output folder can be written to."""
+    if not args.should_save:
+        return
+    folder = Path(args.output_dir)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.save_strategy != SaveStrategy.NO:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` {folder} cannot be written to ({error.strerror}): give a folder that can."
+        ) from error
+
+
+@contextlib.contextmanager
+def _changed(args: DistillationConfig, **values: Any) -> Iterator[None]:
+    """Other values of some arguments while the body runs."""
+    saved = {name: getattr(args, name) for name in values}
+    try:
+        vars(args).update(values)
         yield
     finally:
-        args.label_smoothing_factor = smoothing
+        vars(args).update(saved)
 
 
 @contextlib.contextmanager

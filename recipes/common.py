@@ -114,7 +114,7 @@ class RecipeParser(HfArgumentParser):
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a YAML file: {error}") from error
+            raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
         content = {} if content is None else content
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
@@ -123,6 +123,8 @@ class RecipeParser(HfArgumentParser):
         for key, value in content.items():
             if key not in allowed:
                 raise ValueError(f"{path} has the unknown key {str(key)!r}{did_you_mean(str(key), allowed)}.")
+            if value is None and type(None) not in typing.get_args(self.hints[key]):
+                raise ValueError(f"{path} gives {key!r} no value: give one, or leave the line out.")
             several = self.options[key].nargs == "+"
             if value is None or (isinstance(value, (dict, list)) and not several and self._takes(key, type(value))):
                 values[key] = value
@@ -157,22 +159,6 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # ---- Processes, batches, workers -----------------------------------------------------------------------------------
-
-
-def launched_processes() -> int:
-    """How many processes the launcher says there are, on all machines."""
-    return get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
-
-
-def check_processes(running: int) -> None:
-    """ValueError if not all processes of the launch found together: each would train alone, into the same folder."""
-    launched = launched_processes()
-    if running != launched:
-        raise ValueError(
-            f"The launcher started {launched} processes and {running} found together, so that each would train on its "
-            "own: check the launch (`accelerate config` shows it; on machines without GPUs `accelerate launch "
-            "--multi_gpu --num_processes N` starts N that do)."
-        )
 
 
 def share_batch(

@@ -255,7 +255,8 @@ def leave_extra_processes() -> None:
     """These students are too small to share: of several launched processes, and several GPUs, one does the work."""
     if int(os.environ.get("RANK", "0")) > 0:
         sys.exit(0)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    of_the_group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*of_the_group, "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 

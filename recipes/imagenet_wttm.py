@@ -22,11 +22,9 @@ from typing import Any
 
 from common import (
     RecipeParser,
-    check_processes,
     default_workers,
     find_checkpoint,
     folder_name,
-    launched_processes,
     merge,
     mistakes_end_the_run,
     share_batch,
@@ -36,6 +34,7 @@ from transformers import set_seed
 
 from hf_kd import DistillationConfig, DistillationTrainer, create_student
 from hf_kd.data import eval_transform, load_image_dataset, train_transform
+from hf_kd.launch import check_launch, launched_processes
 
 
 CONFIGS = Path(__file__).parent / "configs" / "imagenet"
@@ -75,8 +74,6 @@ RUNNING = {
     "per_device_eval_batch_size": 256,
     "dataloader_persistent_workers": True,
     "dataloader_prefetch_factor": 4,
-    # All parameters of an image classifier get a gradient in every step; looking for others costs time.
-    "ddp_find_unused_parameters": False,
 }
 
 
@@ -216,7 +213,8 @@ def parse(argv: Sequence[str] | None = None) -> Run:
         values.update(dataloader_persistent_workers=False, dataloader_prefetch_factor=None)
     checkpoint = find_checkpoint(values["output_dir"], values.get("resume_from_checkpoint"))
     config = parser.build(DistillationConfig, values)
-    check_processes(config.world_size)
+    # Before data and networks are looked at; the trainer would find out after.
+    check_launch(config)
 
     of_row = merge(parser.own_defaults, row)
     changed = [

@@ -1,3 +1,4 @@
+from .bad_samples import SkippingDataset
 from .collate import collate
 from .digits import (
     DIGITS_CLASS_NAMES,
@@ -26,6 +27,7 @@ __all__ = [
     "HubImageDataset",
     "HubImageStream",
     "ImageFolderDataset",
+    "SkippingDataset",
     "collate",
     "eval_transform",
     "load_digits",

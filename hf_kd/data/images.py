@@ -17,12 +17,16 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from transformers.utils import logging
 
 from ..labels import IGNORE_INDEX
 from .views import EpochMixin, view_rng
+
+
+logger = logging.get_logger(__name__)
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------
@@ -84,13 +88,17 @@ def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and others
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "it is not an image in a format that PIL knows"
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        else:
-            reason = str(error) or type(error).__name__
-        raise ValueError(f"Cannot read image {name}: {reason}. Remove it from the data set or replace it.") from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception | str) -> ValueError:
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = "it is not an image in a format that PIL knows"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    else:
+        reason = str(error) or type(error).__name__
+    return ValueError(f"Cannot read image {name}: {reason}. Remove it from the data set or replace it.")
 
 
 # Data sets held as files or tables --------------------------------------------------------------------------------
@@ -252,14 +260,19 @@ class HubImageStream(EpochMixin, IterableDataset):
     ranks and any order. The order is that of `datasets`: with workers or shuffling each reads its own shards.
     Shuffle by `shuffle_buffer` (number of samples held; 0 keeps the stream's order); its order changes with the epoch.
     `num_examples`: the length where it is known; without it `len` raises TypeError and a Trainer needs `max_steps`.
-    The rest is as in [`HubImageDataset`].
+    `on_bad_sample`: "raise" ends the run at an unreadable image; "skip" leaves it out with a warning and counts it in
+    `bad_count`. The attribute may be set at any time before iteration. The rest is as in [`HubImageDataset`].
 
     With several processes accelerate reads the stream on the first and sends the pieces round, or
     (`dispatch_batches=False`) reads it on all and leaves out what belongs to others. Either is right.
 
     Raises what [`HubImageDataset`] raises; the first row is read at once, so that a wrong column ends a run before it
-    starts. Labels are checked row by row.
+    starts. Labels are checked row by row. ValueError for another `on_bad_sample`, and while iterating where not one
+    of the images can be read.
     """
+
+    # A slot for each worker, since additions of several processes to one number can be lost.
+    _SLOTS = 256
 
     def __init__(
         self,
@@ -272,6 +285,7 @@ class HubImageStream(EpochMixin, IterableDataset):
         num_classes: int | None = None,
         shuffle_buffer: int = 0,
         num_examples: int | None = None,
+        on_bad_sample: str = "raise",
     ) -> None:
         super().__init__()
         if not callable(transform):
@@ -290,6 +304,8 @@ class HubImageStream(EpochMixin, IterableDataset):
         self.class_names, self.num_classes = _classes(features or {}, label_column, num_classes)
         self.transform, self.seed, self.num_examples = transform, seed, num_examples
         self.image_column, self.label_column = image_column, label_column
+        self.on_bad_sample = on_bad_sample
+        self._bad = torch.zeros(self._SLOTS, dtype=torch.int64).share_memory_()
         self._stream = hf_dataset.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else hf_dataset
         self._init_epoch()
 
@@ -303,18 +319,61 @@ class HubImageStream(EpochMixin, IterableDataset):
             raise TypeError("The length of this stream is not known: give `num_examples`, or train by `max_steps`.")
         return self.num_examples
 
+    @property
+    def on_bad_sample(self) -> str:
+        """What an unreadable image does: "raise" or "skip"."""
+        return self._on_bad_sample
+
+    @on_bad_sample.setter
+    def on_bad_sample(self, value: str) -> None:
+        if value not in ("raise", "skip"):
+            raise ValueError(f'`on_bad_sample` must be "raise" or "skip", got {value!r}.')
+        self._on_bad_sample = value
+
+    @property
+    def bad_count(self) -> int:
+        """How many images this process and its workers have left out so far, over all epochs."""
+        return int(self._bad.sum())
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        slot = 0 if worker is None else worker.id % self._SLOTS
+        number, read, error = -1, 0, None
         for number, row in enumerate(self._stream):
             value = row[self.image_column]
-            image = _decode(value, f"number {number} of the stream")
-            label = IGNORE_INDEX if self.label_column is None else row[self.label_column]
-            label = IGNORE_INDEX if label is None else int(label)
-            too_large = self.num_classes is not None and label >= self.num_classes
-            if label != IGNORE_INDEX and (label < 0 or too_large):
-                raise ValueError(_out_of_range(label, self.num_classes, f"at number {number} of the stream"))
+            try:
+                image = _decode(value, f"number {number} of the stream")
+            except ValueError as bad:
+                if self.on_bad_sample == "raise":
+                    raise
+                self._bad[slot] += 1
+                error = bad
+                logger.warning("An image is left out: %s", bad)
+                continue
+            read += 1
+            label = self._label(row, number)
             with view_rng(self.seed, self.epoch, _content_key(value, image)):
                 pixel_values = self.transform(image)
             yield {"pixel_values": pixel_values, "labels": label}
+        if error is not None and not read:
+            raise ValueError(f"Not one of the stream's {number + 1} images could be read. The last error: {error}")
+
+    def _label(self, row: dict[str, Any], number: int) -> int:
+        value = None if self.label_column is None else row[self.label_column]
+        if value is None:
+            return IGNORE_INDEX
+        where = f"at number {number} of the stream"
+        try:
+            label = operator.index(value)
+        except TypeError:
+            raise ValueError(
+                f"Label {value!r} {where} is a {type(value).__name__}: labels must be class numbers, or None where "
+                "there is none. Convert the column, or choose another `label_column`."
+            ) from None
+        too_large = self.num_classes is not None and label >= self.num_classes
+        if label != IGNORE_INDEX and (label < 0 or too_large):
+            raise ValueError(_out_of_range(label, self.num_classes, where))
+        return label
 
 
 def _content_key(value: Any, image: Image.Image) -> int:
@@ -330,13 +389,18 @@ def _decode(value: Any, where: str) -> Image.Image:
         path, data = value.get("path"), value.get("bytes")
         name = f"{path} ({where})" if path else where
         if data is None and path and "://" in path:
-            with datasets.utils.file_utils.xopen(path, "rb") as file:
-                data = file.read()
+            try:
+                with datasets.utils.file_utils.xopen(path, "rb") as file:
+                    data = file.read()
+            except MemoryError:
+                raise
+            except Exception as error:  # each file system and web client has errors of its own
+                raise _unreadable(name, error) from error
         value = path if data is None else data
     else:
         name = where
     if value is None:
-        raise ValueError(f"Cannot read image {name}: the row holds none. Remove it from the data set or replace it.")
+        raise _unreadable(name, "the row holds none")
     return load_image(value, name)
 
 

@@ -41,13 +41,23 @@ class BatchMixer:
         """Mixed images (B, C, H, W), and targets (B, K) if there are labels (B,); the arguments are left as they were.
 
         Raises:
-            ValueError: if some samples have a label and others do not: their mixture would have half a target.
+            ValueError: if some samples have a label and others do not (their mixture would have half a target), and
+                for labels of K and above.
         """
-        if labels is not None and (labels.is_floating_point() or bool((labels < 0).any())):
-            raise ValueError(
-                "Mixup and CutMix need one class index for every sample, and this batch has samples without (or with "
-                "soft) labels: label all of them, or set ce_weight=0 to train without labels."
-            )
+        if labels is not None:
+            # One look at the device's values for both checks.
+            lowest, highest = (-1, -1) if labels.is_floating_point() else torch.stack(labels.aminmax()).tolist()
+            if lowest < 0:
+                raise ValueError(
+                    "Mixup and CutMix need one class index for every sample, and this batch has samples without (or "
+                    "with soft) labels: label all of them, or set ce_weight=0 to train without labels."
+                )
+            if highest >= self._mixup.num_classes:
+                raise ValueError(
+                    f"Mixup and CutMix make targets over {self._mixup.num_classes} classes, and this batch has the "
+                    f"label {highest}: labels must be below the class count, which the student declares as "
+                    "`num_classes` (or config.num_labels)."
+                )
         images = images.clone()
         target_labels = torch.zeros(len(images), dtype=torch.long, device=images.device) if labels is None else labels
         # timm pairs a batch with its reverse and insists on an even size; the last of an odd one stays as it is.

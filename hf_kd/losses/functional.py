@@ -16,6 +16,7 @@ Conventions of every function here:
 """
 
 import math
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -242,17 +243,17 @@ def reduce(per_sample: Tensor, reduction: Reduction) -> Tensor:
 
 def check_gamma(gamma: float) -> float:
     """gamma itself, or ValueError unless it lies in (0, 1]."""
-    if not 0.0 < gamma <= 1.0:
+    if not (isinstance(gamma, Real) and 0.0 < gamma <= 1.0):
         raise ValueError(
-            f"`gamma` must be in (0, 1] (gamma = 1/temperature, 1 leaves the teacher as it is), got {gamma}."
+            f"`gamma` must be in (0, 1] (gamma = 1/temperature, 1 leaves the teacher as it is), got {gamma!r}."
         )
     return gamma
 
 
 def check_positive(name: str, value: float) -> float:
     """value itself, or ValueError unless it is a positive, finite number."""
-    if not (math.isfinite(value) and value > 0.0):
-        raise ValueError(f"`{name}` must be a positive number, got {value}.")
+    if not (isinstance(value, Real) and math.isfinite(value) and value > 0.0):
+        raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
     return value
 
 

@@ -81,7 +81,7 @@ def check_loss_name(name: str) -> str:
     """The name itself, or ValueError with the nearest one if no such loss exists ("ce" means no distillation term)."""
     names = ["ce", *LOSSES]
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
+        near = difflib.get_close_matches(str(name).lower(), names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown `loss` {name!r}; it must be one of {', '.join(names)}.{hint}")
     return name
@@ -205,11 +205,24 @@ class CallableLoss(LogitLoss):
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
         arguments = (student.logits, teacher.logits) + ((labels,) if self.takes_labels else ())
         value = self.function(*arguments)
-        return value if isinstance(value, dict) else {"distill": value}
+        parts = value if isinstance(value, dict) else {"distill": value}
+        if "distill" not in parts or not all(isinstance(part, Tensor) for part in parts.values()):
+            kinds = ", ".join(f"{key!r}: {type(part).__name__}" for key, part in parts.items())
+            given = f"the dict {{{kinds}}}" if isinstance(value, dict) else type(value).__name__
+            raise TypeError(
+                f"`distillation_loss` returned {given}: return a tensor, one value per sample or their mean, or a "
+                "dict of tensors with that under 'distill'."
+            )
+        return parts
 
 
 def cross_entropy(
-    student: Outputs, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0
+    student: Outputs,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy on the labels, and over how many samples it was summed.
 
@@ -218,6 +231,7 @@ def cross_entropy(
         labels: class indices (...), where ``ignore_index`` marks samples without a label; or probabilities (..., K).
         ignore_index: the label that means "no label".
         label_smoothing: in [0, 1); mixes the target with the uniform distribution.
+        mask: (...) bool, False for samples that do not count, whatever their label.
 
     Returns:
         ``(sum, count)``, both scalars; an all-unlabelled batch gives (0, 0).
@@ -233,9 +247,11 @@ def cross_entropy(
             f"{tuple(log_probs.shape)}: give integer classes of shape (...) or probabilities of shape (..., classes)."
         )
     if labels.dtype.is_floating_point:
-        total = -(labels.to(log_probs.dtype) * log_probs).sum()
-        mask = torch.ones(log_probs.shape[:-1], dtype=torch.bool, device=log_probs.device)
+        if mask is None:
+            mask = torch.ones(log_probs.shape[:-1], dtype=torch.bool, device=log_probs.device)
+        total = -torch.where(mask[..., None], labels.to(log_probs.dtype) * log_probs, 0.0).sum()
     else:
+        labels = labels if mask is None else labels.masked_fill(~mask, ignore_index)
         mask = labels != ignore_index
         total = F.nll_loss(log_probs.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
     if label_smoothing:

@@ -1,0 +1,50 @@
+"""What counts as a sample: one row of a batch, or every unpadded position where labels are sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
+
+from .data.padding import SAMPLE_MASK
+from .labels import IGNORE_INDEX, is_soft
+
+
+def sample_mask(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """Which of the positions of ``shape``, (B,) or (B, L), are samples: not padding; None if all are."""
+    mask: Tensor | None = inputs.get("attention_mask")
+    mask = mask.bool() if mask is not None and mask.shape == shape else None
+    real: Tensor | None = inputs.get(SAMPLE_MASK)
+    if real is None:
+        return mask
+    real = real.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+    return real if mask is None else mask & real
+
+
+def count_samples(inputs: Mapping[str, Any], label_name: str, classes: int | None, device: torch.device) -> Tensor:
+    """How many samples a batch has, a scalar tensor."""
+    labels = inputs.get(label_name)
+    rows = torch.Size([find_batch_size(inputs) or 0])
+    shape = rows if labels is None or is_soft(labels, classes) else labels.shape
+    mask = sample_mask(inputs, shape)
+    return torch.tensor(shape.numel(), device=device) if mask is None else mask.sum().to(device)
+
+
+def count_labels(inputs: Mapping[str, Any], label_name: str, classes: int | None, device: torch.device) -> Tensor:
+    """How many samples of a batch have a label, a scalar tensor."""
+    labels = inputs.get(label_name)
+    if labels is None:
+        return torch.tensor(0, device=device)
+    if is_soft(labels, classes):
+        return count_samples(inputs, label_name, classes, device)
+    return without_repeats(labels, inputs.get(SAMPLE_MASK)).ne(IGNORE_INDEX).sum().to(device)
+
+
+def without_repeats(labels: Tensor, real: Tensor | None) -> Tensor:
+    """Class indices (B, ...) with "no label" for the samples that only fill the batch up."""
+    if real is None:
+        return labels
+    return labels.masked_fill(~real.to(labels.device).view(-1, *(1,) * (labels.dim() - 1)), IGNORE_INDEX)
