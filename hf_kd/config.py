@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +24,11 @@ else:
     NumberOrAuto = str
 
 
+_NUMBERS = (
+    *("ce_weight", "balance_lambda", "auto_beta_samples", "label_smoothing_factor", "lr_decay", "momentum"),
+    *("mixup_alpha", "cutmix_alpha", "mixup_prob", "mixup_switch_prob", "max_nonfinite_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -103,7 +109,7 @@ class DistillationConfig(TrainingArguments):
             How many steps in a row may be skipped, by `"skip"` or by fp16's scaler; one more is an error.
         on_bad_sample (`str`, *optional*, defaults to `"raise"`):
             What to do with a sample that cannot be read: `"raise"`, or `"skip"`: another one takes its place (in
-            evaluation it does not count), and which ones were bad is reported after each epoch.
+            evaluation without a label, so that it does not count), and which were bad is reported after each epoch.
 
         > Parameters that mix images
 
@@ -236,13 +242,10 @@ class DistillationConfig(TrainingArguments):
         check_loss_name(self.loss)
         self._resolve_gamma()
         self._check_ranges()
-        if isinstance(self.teacher_class_map, str):
-            try:
-                self.teacher_class_map = json.loads(self.teacher_class_map)
-            except ValueError:
-                raise ValueError(
-                    f"`teacher_class_map` must be JSON, a list or an object, got {self.teacher_class_map!r}."
-                ) from None
+        self.teacher_class_map = self._from_json("teacher_class_map", "a list or an object", (list, tuple, dict))
+        self.loss_kwargs = self._from_json("loss_kwargs", "an object", (dict,))
+        if "gamma" in self.loss_arguments:
+            raise ValueError("`loss_kwargs` cannot hold gamma: give it as `gamma`, or as `temperature`.")
         if self.optim == OptimizerNames.SGD and not self.optim_args:
             self.optim_args = f"momentum={self.momentum},nesterov={self.nesterov}"
         super().__post_init__()
@@ -272,7 +275,20 @@ class DistillationConfig(TrainingArguments):
         """Whether training images are mixed."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
+    def _from_json(self, name: str, allowed: str, kinds: tuple[type, ...]) -> Any:
+        given = value = getattr(self, name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise ValueError(f"`{name}` must be JSON, {allowed}, got {given!r}.") from None
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"`{name}` must be {allowed}, got {given!r}.")
+        return value
+
     def _resolve_gamma(self) -> None:
+        if self.gamma is not None:
+            functional.check_gamma(self.gamma)
         if self.temperature is not None:
             functional.check_positive("temperature", self.temperature)
             gamma = 1.0 / self.temperature
@@ -295,6 +311,8 @@ class DistillationConfig(TrainingArguments):
             except (TypeError, ValueError):
                 raise ValueError(f'`beta` must be a number or "auto", got {self.beta!r}.') from None
             self._check("beta", "a number of at least 0", self.beta >= 0)
+        for name in _NUMBERS:
+            self._check(name, "a number", isinstance(getattr(self, name), Real))
         self._check("ce_weight", "a number of at least 0", self.ce_weight >= 0)
         if self.ce_weight == 0 and not self.uses_teacher:
             raise ValueError(
@@ -318,7 +336,13 @@ class DistillationConfig(TrainingArguments):
             self._check(name, "a number of at least 0", getattr(self, name) >= 0)
         for name in ("mixup_prob", "mixup_switch_prob"):
             self._check(name, "in [0, 1]", 0 <= getattr(self, name) <= 1)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            self._check(name, "at least 1", getattr(self, name) >= 1)
+        if self.max_steps <= 0:
+            self._check("num_train_epochs", "above 0, unless `max_steps` is given", self.num_train_epochs > 0)
         milestones = self.lr_milestones or []
+        numbers = isinstance(milestones, list) and all(isinstance(m, Real) for m in milestones)
+        self._check("lr_milestones", "a list of epochs", numbers)
         self._check(
             "lr_milestones", "increasing epochs above 0", milestones == sorted({m for m in milestones if m > 0})
         )

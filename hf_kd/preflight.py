@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .labels import IGNORE_INDEX
 from .losses import functional
+from .samples import sample_mask
 
 
 logger = get_logger(__name__)
@@ -81,6 +82,8 @@ def mean_power_sum(
     total, seen = 0.0, 0
     for inputs in batches:
         power_sums = functional.power_sum(teacher_logits(inputs), gamma)
+        mask = sample_mask(inputs, power_sums.shape)
+        power_sums = power_sums if mask is None else power_sums[mask]
         pair = torch.stack([power_sums.sum(), power_sums.new_tensor(power_sums.numel())])
         batch_total, batch_samples = accelerator.reduce(pair, reduction="sum").tolist()
         total, seen = total + batch_total, seen + int(batch_samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -26,6 +27,7 @@ from .networks import (
     misfits,
     num_classes_of,
     unknown_timm_name,
+    unwrap,
 )
 from .sharding import shard_teacher
 
@@ -77,6 +79,11 @@ class Teacher(nn.Module):
         if input_size is not None:
             self.preprocessing = _resized(self.preprocessing, input_size, self.name)
         self.class_groups = _class_groups(class_map)
+        network = unwrap(model) if isinstance(model, nn.Module) else model
+        if getattr(network, "num_classes", None) == 0:
+            raise ValueError(
+                f"The teacher {self.name} has no classifier, only features: give a network trained to classify."
+            )
         self.own_num_classes = num_classes_of(model)
         if self.class_groups and self.own_num_classes:
             largest = max(max(group) for group in self.class_groups)
@@ -153,10 +160,6 @@ class Teacher(nn.Module):
         else:
             model = _fetch(name, lambda: _timm_model(name, pretrained=True, **options))
         found = num_classes_of(model)
-        if getattr(model, "num_classes", None) == 0:
-            raise ValueError(
-                f"The teacher {name} has no classifier, only features: give a network trained to classify."
-            )
         # timm drops a head of another size and goes on with a random one.
         trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
         if checkpoint is None and trained and found is not None and trained != found:
@@ -434,7 +437,8 @@ def _fetch(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except ValueError as error:
         # Ours are sentences already; huggingface_hub's "not cached and offline" is a ValueError too.
-        if not isinstance(error, OSError):
+        # A library's report of several lines is none of ours.
+        if not isinstance(error, OSError) and "\n" not in str(error):
             raise
         raise _not_fetched(name, error) from error
     except Exception as error:
@@ -510,13 +514,20 @@ def _load_weights(model: nn.Module, path: Path, name: str, weights_only: bool) -
     if not path.is_file():
         raise ValueError(f"The teacher's checkpoint {path} does not exist or is no file.")
     try:
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty")
         state_dict = load_state_dict(str(path), weights_only=weights_only)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        # A damaged file is not one that needs code: running it would mend nothing.
+        opt_in = (
+            " If you wrote the file yourself, weights_only=False (config: teacher_weights_only) runs the code in it."
+            if isinstance(error, pickle.UnpicklingError)
+            else ""
+        )
         raise RuntimeError(
             f"The teacher's checkpoint {path} could not be read as plain weights ({reason}): give a safetensors file, "
-            "or a .pth with a state dict and nothing that needs code to run. If you wrote the file yourself, "
-            "weights_only=False (config: teacher_weights_only) runs the code in it."
+            f"or a .pth with a state dict and nothing that needs code to run.{opt_in}"
         ) from error
     expected = model.state_dict()
     missing, unexpected, differing = misfits(expected, state_dict)

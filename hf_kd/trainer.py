@@ -122,6 +122,11 @@ class DistillationTrainer(Trainer):
                 f"start the script with `accelerate launch --multi_gpu --num_processes {args.n_gpu} SCRIPT.py`, or "
                 "choose one GPU with CUDA_VISIBLE_DEVICES."
             )
+        if model is not None and getattr(unwrap(model), "num_classes", None) == 0:
+            raise ValueError(
+                f"The student {type(unwrap(model)).__name__} has no classifier, only features (num_classes=0): build "
+                "it with the data's class count."
+            )
         _check_output_dir(args)
         self.teacher = self._build_teacher(teacher_model, args, model)
         self.distillation_loss = self._build_loss(args, distillation_loss)
@@ -163,7 +168,7 @@ class DistillationTrainer(Trainer):
         self._step_batches: list[dict[str, Any]] = []
         self._counted_step = 0
         self._save_total_limit = self.args.save_total_limit
-        self._skipping: dict[int, SkippingDataset] = {}
+        self._skipping: dict[tuple[int, bool], SkippingDataset] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
         if self.teacher is not None:
@@ -406,7 +411,8 @@ class DistillationTrainer(Trainer):
     def _passing_over_bad_samples(self, dataset: Any, is_training: bool) -> Any:
         if not isinstance(dataset, IterableDataset):
             # One for all loaders of a data set: it knows what was bad.
-            return self._skipping.setdefault(id(dataset), SkippingDataset(dataset, evaluation=not is_training))
+            key = (id(dataset), is_training)
+            return self._skipping.setdefault(key, SkippingDataset(dataset, evaluation=not is_training))
         if not hasattr(dataset, "on_bad_sample"):
             raise ValueError(
                 f'on_bad_sample="skip" cannot go on with a {type(dataset).__name__}, which ends with its first error: '
@@ -443,6 +449,13 @@ class DistillationTrainer(Trainer):
         """
         if self.train_dataset is not None and has_length(self.train_dataset) and len(self.train_dataset) == 0:
             raise ValueError("`train_dataset` is empty (its length is 0): give data to train on.")
+        batch = self.args.train_batch_size * (1 if self.accelerator.split_batches else self.args.world_size)
+        if self.args.dataloader_drop_last and has_length(self.train_dataset) and len(self.train_dataset) < batch:
+            raise ValueError(
+                f"`train_dataset` has {len(self.train_dataset)} samples, fewer than one batch of {batch} over all "
+                "processes, and dataloader_drop_last leaves out what is no whole batch: make the batch smaller, or "
+                "set it to False."
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_checkpoint()
         elif resume_from_checkpoint:

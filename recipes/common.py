@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 import typing
@@ -19,7 +20,8 @@ import torch
 import yaml
 from accelerate.utils import get_int_from_env
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
+
+from hf_kd.checkpoints import checkpoints, last_complete
 
 
 # Settings that exclude each other: one that is given takes the place of the other from a weaker source.
@@ -44,7 +46,7 @@ def mistakes_end_the_run() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         # A device's own errors are no mistake in the arguments, and want their traceback.
         if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
             raise
@@ -55,6 +57,24 @@ def mistakes_end_the_run() -> Iterator[None]:
             # A launcher stops all processes when the first one ends: that should not be one that says nothing.
             time.sleep(3)
         sys.exit(2)
+
+
+@contextmanager
+def interruption_says_how_to_go_on(folder: str) -> Iterator[None]:
+    """Ctrl-C in the body, which trains, ends the program with a sentence and status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if get_int_from_env(["LOCAL_RANK"], 0) == 0:
+            last = last_complete(folder)
+            how = (
+                f"{last} is the last complete checkpoint: the same command with --resume_from_checkpoint last goes on "
+                "from it"
+                if last
+                else f"{folder} holds no complete checkpoint yet"
+            )
+            print(f"{Path(sys.argv[0]).name}: interrupted; {how}.", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
 
 
 def did_you_mean(wanted: str, names: Sequence[str], prefix: str = "") -> str:
@@ -213,23 +233,24 @@ def default_workers() -> int:
 
 
 def find_checkpoint(folder: str, resume: str | None) -> str | None:
-    """The checkpoint to go on from: "True" or "last" is the last one in the output folder, if there is one yet.
+    """The checkpoint to go on from: "True" or "last" is the last complete one in the output folder, if there is one.
 
     Raises:
         ValueError: for a path that is no checkpoint, and if the folder holds checkpoints that nobody asked to go on
             from: Trainer keeps those with the highest step numbers, and would throw away the new run's instead.
     """
-    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     wish = (resume or "").strip()
     if wish.lower() in ("", "false", "no"):
-        if last is not None:
+        found = checkpoints(folder)
+        if found:
             raise ValueError(
-                f"{folder} holds {Path(last).name} of an earlier run: go on from it with --resume_from_checkpoint "
+                f"{folder} holds {found[0].name} of an earlier run: go on from it with --resume_from_checkpoint "
                 "last, or choose another --output_dir."
             )
         return None
     if wish.lower() in ("true", "last", "yes"):
-        return last
+        last = last_complete(folder)
+        return None if last is None else str(last)
     if not (Path(wish).expanduser() / "trainer_state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint {wish} is not a checkpoint (a folder with trainer_state.json): give one, or "

@@ -25,6 +25,7 @@ from common import (
     default_workers,
     find_checkpoint,
     folder_name,
+    interruption_says_how_to_go_on,
     merge,
     mistakes_end_the_run,
     share_batch,
@@ -464,7 +465,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         say_what_will_run(run, trainer)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    with interruption_says_how_to_go_on(run.config.output_dir):
+        trainer.train(resume_from_checkpoint=run.checkpoint)
     report(run, trainer, seconds=time.perf_counter() - start)
     trainer.accelerator.end_training()
 

@@ -1,5 +1,6 @@
 """What every test gets: no network but loopback, caches in a temporary folder, one thread, a fixed seed."""
 
+import gc
 import os
 import socket
 import tempfile
@@ -55,6 +56,12 @@ def block_network(monkeypatch):
 def fixed_seed():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+def pytest_collection_finish(session):
+    # Accelerate collects garbage before every training run: what the imports made is none.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config):

@@ -642,6 +642,13 @@ COLUMNS_AND_DATA_SETS = [
         ("Mixup and CutMix mix images: the batch must have 'pixel_values', it has", "x"),
         train_on(lambda sample, index: {"x": sample["pixel_values"], "labels": sample["labels"]}, mixup_alpha=1.0),
     ),
+    BadInput(
+        "fewer-samples-than-a-batch",
+        "a training set smaller than a batch, with dataloader_drop_last",
+        ValueError,
+        ("`train_dataset` has 5 samples, fewer than one batch of 8", "make the batch smaller, or set it to False"),
+        lambda tmp_path: train(tmp_path, Images(count=5), dataloader_drop_last=True),
+    ),
 ]
 
 TEACHERS_AND_STUDENTS = [
@@ -818,6 +825,30 @@ TEACHERS_AND_STUDENTS = [
         ("`num_classes` must be at least 1, got 0",),
         lambda tmp_path: create_student("test_resnet", num_classes=0),
     ),
+    BadInput(
+        "teacher-module-without-classifier",
+        "a network without a classifier, given as the teacher",
+        ValueError,
+        ("The teacher test_resnet has no classifier, only features", "give a network trained to classify"),
+        lambda tmp_path: trainer(tmp_path, teacher=timm.create_model("test_resnet", num_classes=0)),
+    ),
+    BadInput(
+        "student-module-without-classifier",
+        "a network without a classifier, given as the student",
+        ValueError,
+        (
+            "The student ResNet has no classifier, only features (num_classes=0)",
+            "build it with the data's class count",
+        ),
+        lambda tmp_path: trainer(tmp_path, student=timm.create_model("test_resnet", num_classes=0)),
+    ),
+    BadInput(
+        "class-map-of-wrong-type",
+        "a number as the class map",
+        ValueError,
+        ("`teacher_class_map` must be a list or an object, got 3",),
+        settings(teacher_class_map=3),
+    ),
 ]
 
 FILES = [
@@ -931,6 +962,13 @@ FILES = [
         ValueError,
         ("`output_dir`", "file/output cannot be written to", "Not a directory"),
         under_a_file,
+    ),
+    BadInput(
+        "unknown-model-type-in-config",
+        "a teacher's config.json of a model type that transformers does not know",
+        RuntimeError,
+        ("could not be loaded", "model type `nope`", "The folder must be as timm, transformers or hf_kd saved it"),
+        lambda tmp_path: teacher_folder(tmp_path, "config.json", b'{"model_type": "nope"}'),
     ),
 ]
 
@@ -1156,6 +1194,55 @@ SETTINGS = [
         TypeError,
         ("`args` must be a DistillationConfig, got TrainingArguments",),
         lambda tmp_path: DistillationTrainer(*networks(), TrainingArguments(str(tmp_path), use_cpu=True)),
+    ),
+    BadInput(
+        "loss-arguments-no-json",
+        "arguments of the loss that are no JSON",
+        ValueError,
+        ("`loss_kwargs` must be JSON, an object, got '{alpha: 1}'",),
+        settings(loss_kwargs="{alpha: 1}"),
+    ),
+    BadInput(
+        "gamma-as-loss-argument",
+        "gamma among the loss's further arguments",
+        ValueError,
+        ("`loss_kwargs` cannot hold gamma", "give it as `gamma`, or as `temperature`"),
+        settings(loss_kwargs={"gamma": 0.5}),
+    ),
+    BadInput(
+        "text-as-weight",
+        "a text as the weight of cross-entropy",
+        ValueError,
+        ("`ce_weight` must be a number, got 'half'",),
+        settings(ce_weight="half"),
+    ),
+    BadInput(
+        "one-milestone-without-list",
+        "a number where a list of milestones belongs",
+        ValueError,
+        ("`lr_milestones` must be a list of epochs, got 30",),
+        settings(lr_milestones=30),
+    ),
+    BadInput(
+        "batch-of-none",
+        "a batch size of 0",
+        ValueError,
+        ("`per_device_train_batch_size` must be at least 1, got 0",),
+        settings(per_device_train_batch_size=0),
+    ),
+    BadInput(
+        "accumulation-of-none",
+        "gradients accumulated over 0 batches",
+        ValueError,
+        ("`gradient_accumulation_steps` must be at least 1, got 0",),
+        settings(gradient_accumulation_steps=0),
+    ),
+    BadInput(
+        "epochs-negative",
+        "-1 epochs, which would end without a step and without a word",
+        ValueError,
+        ("`num_train_epochs` must be above 0, unless `max_steps` is given, got -1",),
+        settings(num_train_epochs=-1),
     ),
 ]
 

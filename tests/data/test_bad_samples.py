@@ -184,8 +184,13 @@ def test_what_no_other_sample_can_help(error):
     dataset = SkippingDataset(Numbers(10, bad={1}, error=error))
     with pytest.raises(error):
         dataset[1]
-    dataset = SkippingDataset(Numbers(10, bad=set(range(10)) - {1}, error=error))
-    dataset.dataset.bad.add(1)
+
+    class Worse(Numbers):
+        def __getitem__(self, index):
+            raise (ValueError if index == 1 else error)
+
+    # Nor one that stands in for another.
+    dataset = SkippingDataset(Worse(10))
     with pytest.raises(error):
         dataset[1]
     assert dataset.bad_indices == []
@@ -313,6 +318,13 @@ def test_copies(how):
     fresh = make(SkippingDataset(Numbers(20, bad={3, 5})))
     indices_of(fresh, workers=1)
     assert fresh.bad_indices == [3, 5]
+
+
+def test_one_that_is_not_built_yet_has_nothing_to_forward_to():
+    bare = SkippingDataset.__new__(SkippingDataset)
+    for name in ("dataset", "class_names", "_bad"):
+        with pytest.raises(AttributeError, match=f"SkippingDataset has no attribute '{name}'"):
+            getattr(bare, name)
 
 
 def test_streams_are_not_for_it():

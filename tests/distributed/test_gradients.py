@@ -96,6 +96,13 @@ def assert_same(run, reference, tolerance=1e-12):
     assert run["metrics"] == pytest.approx(reference["metrics"], rel=1e-9)
 
 
+def test_beta_is_measured_on_every_sample_once(alone, tmp_path):
+    options = {"loss": "wttm", "beta": "auto", "auto_beta_samples": 1000, "ce_weight": 0.5}
+    reference = alone(per_device_train_batch_size=2 * BATCH, **options)
+    for run in run_processes(partial(train, per_device_train_batch_size=BATCH, **options), 2, tmp_path):
+        assert_same(run, reference)
+
+
 LOSSES = {
     "ce": {"loss": "ce"},
     "kd": {"loss": "kd", "beta": 0.9, "ce_weight": 0.1},

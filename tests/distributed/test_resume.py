@@ -98,6 +98,15 @@ def test_views_depend_on_seed_epoch_and_index_alone(workers, whole, tmp_path):
         assert ours["log"] == theirs["log"]
 
 
+def test_full_determinism_gives_the_same_run_twice(tmp_path):
+    def log(folder):
+        return run_processes(partial(train, full_determinism=True, seed=5), 1, tmp_path / folder)[0]
+
+    one, other = log("one"), log("other")
+    assert one["log"] == other["log"]
+    assert all(torch.equal(value, other["weights"][key]) for key, value in one["weights"].items())
+
+
 def test_two_processes_share_the_order_of_one(whole):
     def epochs(asked):
         # beta="auto" looks at the first batches before training: those are asked for twice.
