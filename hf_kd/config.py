@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from .launch import runs_on_cpus
 from .losses import functional
 from .losses.logit import LOSSES, check_loss_name
 
@@ -248,6 +249,9 @@ class DistillationConfig(TrainingArguments):
             raise ValueError("`loss_kwargs` cannot hold gamma: give it as `gamma`, or as `temperature`.")
         if self.optim == OptimizerNames.SGD and not self.optim_args:
             self.optim_args = f"momentum={self.momentum},nesterov={self.nesterov}"
+        if runs_on_cpus() and not self.ddp_backend:
+            # Accelerate joins them only if told so.
+            self.use_cpu = True
         super().__post_init__()
         if self.save_strategy == SaveStrategy.NO:
             self.enable_jit_checkpoint = False

@@ -40,8 +40,7 @@ from transformers.trainer_utils import (
 
 from . import checkpoints, metrics
 from .config import DistillationConfig
-from .data.bad_sample_report import BadSampleReport
-from .data.bad_samples import SkippingDataset
+from .data.bad_samples import BadSampleReport, SkippingDataset
 from .data.collate import collate
 from .data.mixing import BatchMixer
 from .data.padding import SAMPLE_MASK, Numbered, mark_padding

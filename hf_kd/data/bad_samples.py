@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..labels import IGNORE_INDEX
@@ -18,9 +21,13 @@ from .views import view_seed
 # Warnings of every process and worker count, since each reads samples of its own: not accelerate's logger, which
 # speaks on the main process alone and not at all in a spawned worker.
 logger = logging.get_logger(__name__)
+main_process_logger = get_logger(__name__)
 
 REPLACEMENTS = 8
 """How many other samples are tried before the data set itself is taken to be at fault."""
+
+# The report names this many samples; each has had a warning of its own.
+_MOST_NAMED = 20
 
 
 class SkippingDataset(Dataset):
@@ -164,3 +171,30 @@ def _sentence(error: Exception) -> str:
     """An error's text on one line, with its type where the text alone would not say what happened."""
     text = " ".join(str(error).split())
     return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+class BadSampleReport(TrainerCallback):
+    """Says after an epoch how many training samples were bad so far, and which, over all workers and processes."""
+
+    def __init__(self) -> None:
+        self._reported = 0
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        dataset = getattr(train_dataloader, "dataset", None)
+        # A stream may be inside accelerate's share of it.
+        while not hasattr(dataset, "bad_count") and isinstance(dataset, IterableDataset):
+            dataset = getattr(dataset, "dataset", None)
+        if isinstance(dataset, SkippingDataset):
+            bad = sorted(set(gather_object(dataset.bad_indices)))
+            which = f": those with index {', '.join(map(str, bad[:_MOST_NAMED]))}"
+            which += f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
+            self._report(len(bad), f"{len(bad)} of {len(dataset)} training samples", f"were replaced by others{which}")
+        elif dataset is not None and hasattr(dataset, "bad_count"):
+            # Where every process reads the whole stream each has counted the same images.
+            count = max(gather_object([dataset.bad_count]))
+            self._report(count, f"{count} images of the training stream, over all epochs,", "were left out")
+
+    def _report(self, count: int, samples: str, consequence: str) -> None:
+        if count > self._reported:
+            main_process_logger.warning("%s could not be read and %s.", samples, consequence)
+        self._reported = count

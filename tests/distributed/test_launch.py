@@ -13,11 +13,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from PIL import Image
-from processes import free_port
+from processes import free_port, run_processes
 from safetensors.torch import load_file
-from tiny import config
+from tiny import config, networks
 
-from hf_kd import create_student, save_student
+from hf_kd import DistillationTrainer, create_student, save_student
 from hf_kd.launch import check_launch, launched_processes, runs_on_cpus
 
 
@@ -113,7 +113,7 @@ def launch(images, teacher):
     def start(output_dir, *options):
         arguments = {
             "output_dir": output_dir, "train_dir": images / "train", "val_dir": images / "val", "teacher": teacher,
-            "img_size": SIZE, "total_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.5,
+            "img_size": SIZE, "total_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.1,
             "lr_milestones": 1, "dataloader_num_workers": 0, "eval_strategy": "no", "save_strategy": "no",
             "teacher_preflight": False, "disable_tqdm": True, **STUDENT,
         }  # fmt: skip
@@ -165,8 +165,8 @@ def test_two_processes_give_the_student_of_one(launch, one_process, tmp_path):
     folder = tmp_path / "out"
     results, weights = finished(launch(folder, *configured("two_cpu")), folder)
     assert_same(results, weights, one_process)
-    # The comparison means something: the student has learnt to tell the classes.
-    assert results["student"]["top1"] == 1
+    # The comparison means something: timm's bias begins at zero.
+    assert weights["head.bias"].abs().max() > 0.01
 
 
 def test_two_machines_give_the_student_of_one(launch, one_process, tmp_path):
@@ -210,11 +210,13 @@ def test_fsdp_without_gpus(launch, tmp_path):
     )
 
 
-def build_trainer(rank, variables, folder):
-    """The message with which a trainer of a launch with these variables refuses to be built."""
+def refusal(rank, variables, folder):
+    """The message with which a launch with these variables is refused."""
+    args = config(folder)
+    # Not before: transformers wants DeepSpeed to be installed for it.
     os.environ.update(variables)
     with pytest.raises(RuntimeError) as raised:
-        DistillationTrainer(*networks(), config(folder))
+        check_launch(args)
     return str(raised.value)
 
 
@@ -222,12 +224,91 @@ def test_deepspeed_without_gpus(tmp_path):
     args, defaults, _ = read("deepspeed_zero2", "--num_processes", "2")
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, environment = prepare_deepspeed_cmd_env(args)
-    asked = {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
-    assert asked["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    variables = {name: value for name, value in environment.items() if name.startswith("ACCELERATE_")}
+    assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
     sentence = (
         "DeepSpeed was asked for and is not running (DDP in 2 processes is), since Accelerate leaves it out on CPUs: "
         "on GPUs, start the script with `accelerate launch --config_file DEEPSPEED.yaml SCRIPT.py` and without "
         "use_cpu; on CPUs train with DDP, by `accelerate launch --multi_gpu --num_processes 2 SCRIPT.py`."
     )
-    variables = {"ACCELERATE_USE_DEEPSPEED": asked["ACCELERATE_USE_DEEPSPEED"]}
-    assert run_processes(build_trainer, 2, variables, tmp_path) == [sentence, sentence]
+    assert run_processes(refusal, 2, variables, tmp_path) == [sentence, sentence]
+
+
+# ---- What the launcher says ----------------------------------------------------------------------------------------
+
+
+def test_a_plain_run_is_none_of_these(tmp_path):
+    assert launched_processes() == 1
+    check_launch(config(tmp_path))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_processes_that_do_not_find_together(name, tmp_path, monkeypatch):
+    args = config(tmp_path)
+    monkeypatch.setenv(name, "1")
+    check_launch(args)
+    monkeypatch.setenv(name, "3")
+    assert launched_processes() == 3
+    with pytest.raises(RuntimeError) as raised:
+        check_launch(args)
+    assert str(raised.value) == (
+        f"The launcher started 3 processes ({name}) and 1 found together, so that each would train alone, into the "
+        "same folder: start them by `accelerate launch --multi_gpu --num_processes 3 SCRIPT.py`, on CPUs too "
+        "(--num_machines as well, if there are several); or, if one process is what you want, start it without "
+        f"{name} in the environment."
+    )
+
+
+def test_the_trainer_looks_at_its_launch(tmp_path, monkeypatch):
+    args = config(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="The launcher started 2 processes .WORLD_SIZE. and 1 found together"):
+        DistillationTrainer(*networks(), args)
+
+
+@pytest.mark.parametrize("missing", ["ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"])
+def test_one_process_where_one_was_asked_for(missing, tmp_path, monkeypatch):
+    """A cluster's shell may hold a meeting point, and `accelerate launch` may start one process: both are right."""
+    traces = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "10.0.0.1"}
+    for name, value in {**traces, "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="asked for several processes and has started one"):
+        check_launch(config(tmp_path))
+    monkeypatch.delenv(missing)
+    check_launch(config(tmp_path))
+
+
+def test_fsdp_by_argument_needs_a_launcher_too(tmp_path):
+    with pytest.raises(RuntimeError, match="FSDP was asked for and is not running .training in one process is."):
+        check_launch(config(tmp_path, fsdp=True))
+
+
+def test_deepspeed_that_is_yet_to_start(tmp_path, monkeypatch):
+    """Without a launcher DeepSpeed starts when the trainer makes its accelerator, unless the CPU is asked for."""
+    on_cpu, elsewhere = config(tmp_path), config(tmp_path, use_cpu=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_launch(elsewhere)
+    with pytest.raises(RuntimeError, match="DeepSpeed was asked for and is not running .training in one process is."):
+        check_launch(on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("processes", "accelerator", "expected"),
+    [(1, None, False), (2, None, True), (2, "mps", True), (2, "cuda", False)],
+)
+def test_where_several_processes_run(processes, accelerator, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    device = None if accelerator is None else torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    assert runs_on_cpus() is expected
+
+
+def world_without_use_cpu(rank, folder):
+    args = config(folder, use_cpu=False)
+    return args.use_cpu, args.world_size, args.process_index
+
+
+def test_processes_without_gpus_find_each_other_without_use_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run_processes(world_without_use_cpu, 2, tmp_path) == [(True, 2, 0), (True, 2, 1)]

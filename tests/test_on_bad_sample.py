@@ -1,11 +1,16 @@
 """on_bad_sample, from the configuration to the report after each epoch."""
 
+import io
+
+import datasets
 import pytest
 import torch
+from PIL import Image
 from tiny import Images, config, networks
 from torch.utils.data import IterableDataset
 
 from hf_kd import DistillationTrainer
+from hf_kd.data import HubImageStream, eval_transform
 
 
 class Torn(Images):
@@ -70,3 +75,20 @@ def test_a_stream_that_cannot_skip_is_refused(tmp_path):
     trainer = DistillationTrainer(*networks(), args, train_dataset=Stream())
     with pytest.raises(ValueError, match='on_bad_sample="skip" cannot go on with a Stream'):
         trainer.train()
+
+
+def test_a_stream_says_how_many_it_left_out(tmp_path, caplog):
+    pictures = []
+    for number in range(6):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(buffer, "PNG")
+        pictures.append({"bytes": buffer.getvalue() if number not in (2, 3) else b"no picture", "path": None})
+    table = datasets.Dataset.from_dict(
+        {"image": pictures, "label": [0] * 6},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    stream = HubImageStream(table.to_iterable_dataset(), eval_transform(8))
+    args = config(tmp_path, on_bad_sample="skip", max_steps=2, per_device_train_batch_size=4)
+    DistillationTrainer(*networks(), args, train_dataset=stream).train()
+    assert "2 images of the training stream, over all epochs, could not be read and were left out." in caplog.text
+    assert "number 2 of the stream" in caplog.text
