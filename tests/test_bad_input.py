@@ -223,6 +223,16 @@ def under_a_file(tmp_path):
     train(tmp_path / "file" / "output", save_strategy="epoch")
 
 
+def read_only(tmp_path):
+    folder = tmp_path / "output"
+    if os.geteuid() == 0:
+        # Root may write into every folder, but for those that the kernel makes up.
+        folder.symlink_to("/sys/kernel")
+    else:
+        folder.mkdir(mode=0o555)
+    train(folder, save_strategy="epoch")
+
+
 def recipe(tmp_path, yaml, file="row.yaml"):
     """What the ImageNet recipe reads of a YAML file."""
     from imagenet_wttm import make_parser
@@ -962,6 +972,13 @@ FILES = [
         ValueError,
         ("`output_dir`", "file/output cannot be written to", "Not a directory"),
         under_a_file,
+    ),
+    BadInput(
+        "read-only-output-folder",
+        "an output folder that is read-only",
+        ValueError,
+        ("`output_dir`", "cannot be written to", "Permission denied", "give a folder that can"),
+        read_only,
     ),
     BadInput(
         "unknown-model-type-in-config",
