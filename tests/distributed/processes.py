@@ -66,7 +66,7 @@ def _launch(
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
         }
-        receiver, sender = _CONTEXT.Pipe(duplex=False) if collect else (None, None)
+        receiver, sender = _CONTEXT.Pipe() if collect else (None, None)
         process = _CONTEXT.Process(target=_run, args=(sender, environment, function, (rank, *args)))
         process.start()
         if sender is not None:
@@ -125,10 +125,11 @@ def _run(pipe: Any, environment: dict[str, str], function: Callable[..., Any], a
         result = (False, traceback.format_exc())
     # Plainly: multiprocessing would hand tensors over in memory that goes with this process.
     pipe.send_bytes(pickle.dumps(result))
-    pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the goodbyes of a process group whose other members may be gone.
+    # The others may still need this one, if only to find it gone: it stays until the test is done with all of them.
+    with contextlib.suppress(EOFError):
+        pipe.recv()
     os._exit(0)
 
 
