@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ logger = get_logger(__name__)
 EXIT_STATUS = 128 + signal.SIGTERM
 """Of a process that SIGTERM ended, as shells write it."""
 
-# How long the workers of a loader outlive a signal that was sent to the whole process group.
+# How long the workers of a loader outlive a signal that was sent to the whole process group, at most.
 _GRACE_SECONDS = 20.0
 
 
@@ -40,6 +41,8 @@ class PreemptionCallback(TrainerCallback):
         self.stopped_at: int | None = None
         """The step after which training ended for it."""
         self._previous: Any = None
+        # In shared memory, where workers see whether the signal is being answered.
+        self._guarded = torch.zeros((), dtype=torch.uint8).share_memory_()
         self._agreed: Tensor | None = None
         self._copied: torch.Event | None = None
 
@@ -72,6 +75,7 @@ class PreemptionCallback(TrainerCallback):
         # Python takes signals in its main thread alone.
         if args.enable_jit_checkpoint and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            self._guarded.fill_(1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_agreed():
@@ -84,26 +88,37 @@ class PreemptionCallback(TrainerCallback):
 
     def restore(self) -> None:
         """Give the signal back to whoever had it before training."""
+        self._guarded.fill_(0)
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
 
+    def let_workers_finish(self, loader: DataLoader) -> None:
+        """Have a loader's workers outlive a SIGTERM sent to them too: the step under way needs their batches."""
+        # Accelerate's loaders have torch's inside, which starts the workers.
+        loader = getattr(loader, "base_dataloader", loader)
+        if loader.num_workers > 0:
+            loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn, self._guarded)
 
-def let_workers_finish(loader: DataLoader) -> None:
-    """Have a loader's workers outlive a SIGTERM sent to them too: the step under way needs their batches."""
-    # Accelerate's loaders have torch's inside, which starts the workers.
-    loader = getattr(loader, "base_dataloader", loader)
-    if loader.num_workers > 0:
-        loader.worker_init_fn = functools.partial(_init_worker, loader.worker_init_fn)
+
+# ---- In a loader's worker ------------------------------------------------------------------------------------------
 
 
-def _init_worker(own: Callable[[int], None] | None, worker: int) -> None:
-    signal.signal(signal.SIGTERM, _end_later)
+def _init_worker(own: Callable[[int], None] | None, guarded: Tensor, worker: int) -> None:
+    signal.signal(signal.SIGTERM, functools.partial(_end_after_training, guarded))
     if own is not None:
         own(worker)
 
 
-def _end_later(*_: Any) -> None:
-    timer = threading.Timer(_GRACE_SECONDS, os._exit, args=(EXIT_STATUS,))
-    timer.daemon = True
-    timer.start()
+def _end_after_training(guarded: Tensor, *_: Any) -> None:
+    if not guarded:
+        # Python ends workers by this signal too, when the program is done.
+        os._exit(0)
+    threading.Thread(target=_wait_and_end, args=(guarded,), daemon=True).start()
+
+
+def _wait_and_end(guarded: Tensor) -> None:
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while guarded and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os._exit(0)

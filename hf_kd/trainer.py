@@ -54,7 +54,7 @@ from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, num_classes_of, unwrap
 from .nonfinite import FiniteGuard
-from .preemption import EXIT_STATUS, PreemptionCallback, let_workers_finish
+from .preemption import EXIT_STATUS, PreemptionCallback
 from .preflight import mean_power_sum, teacher_top1
 from .samples import count_labels, count_samples, sample_mask, without_repeats
 from .student import WEIGHTS, load_student_weights, save_student
@@ -404,7 +404,7 @@ class DistillationTrainer(Trainer):
         if streams and self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
             dataset = Numbered(dataset)
         loader = super()._get_dataloader(dataset, is_training=is_training, **kwargs)
-        let_workers_finish(loader)
+        self._preemption.let_workers_finish(loader)
         return loader
 
     def _passing_over_bad_samples(self, dataset: Any, is_training: bool) -> Any:

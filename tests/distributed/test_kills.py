@@ -193,6 +193,16 @@ def test_sigterm_writes_a_checkpoint_first(step, workers, uninterrupted, tmp_pat
     assert_identical(tmp_path, reference)
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_program_with_workers_ends_when_it_is_done(persistent, tmp_path):
+    # Python ends the workers that are left by SIGTERM, which they must not wait out.
+    options = {"dataloader_num_workers": 2, "dataloader_persistent_workers": persistent}
+    (process,) = launch(partial(train, **options), 1, tmp_path)
+    wait_for((tmp_path / "student" / "model.safetensors").exists)
+    process.join(5)
+    assert process.exitcode == 0
+
+
 def test_sigterm_ends_a_run_without_checkpoints_as_it_always_did(tmp_path):
     status = kill_when(after_step(tmp_path, 2), tmp_path, signal.SIGTERM, save_strategy="no")
     assert status == -signal.SIGTERM
