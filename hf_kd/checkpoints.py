@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -60,6 +61,14 @@ def defect(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"its {name} has {path.stat().st_size} bytes, not {size}"
     return None
+
+
+def engine(folder: Path) -> str | None:
+    """What wrote a checkpoint's optimiser state: "FSDP", "DeepSpeed" or None."""
+    if any(folder.glob(f"{FSDP_MODEL_NAME}*")):
+        return "FSDP"
+    # DeepSpeed notes here the folder that holds its own files.
+    return "DeepSpeed" if (folder / "latest").is_file() else None
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

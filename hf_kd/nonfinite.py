@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .losses import Outputs
 
@@ -183,10 +184,15 @@ def _describe_gradient(model: nn.Module, step: int, index: Tensor | None) -> str
     names = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        if parameter.grad is not None and not bool(torch.isfinite(_own(parameter.grad)).all())
     ]
     component = f"{_GRADIENT} of {_some(names)}" if names else _GRADIENT
     return _describe("gradient", component, step, [] if index is None else index.tolist())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP has spread; to ask for the whole all processes would have to ask."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _bad_samples(student: Outputs, teacher: Outputs | None, inputs: Mapping[str, Any]) -> list[int]:

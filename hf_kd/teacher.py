@@ -284,8 +284,10 @@ class Teacher(nn.Module):
         if dtype is not None:
             self.model.to(dtype)
         if sharded:
+            # Puts each process's share there; the whole would not fit.
             shard_teacher(self.model, device)
-        self.to(device)
+        else:
+            self.to(device)
         if compile:
             self.model.compile()
 

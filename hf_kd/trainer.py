@@ -11,7 +11,7 @@ import platform
 import random
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,9 +21,12 @@ import timm
 import torch
 import transformers
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils.operations import recursively_apply
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -229,6 +232,27 @@ class DistillationTrainer(Trainer):
             )
         return own if isinstance(own, LogitLoss) else CallableLoss(own)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.is_fsdp2:
+            # Accelerate's would turn the weights into bf16, with which BatchNorm's statistics do not go, and add
+            # gradients up in it. Autocast (_student_outputs) does neither: mixed precision is the same as under DDP.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.is_fsdp2 and not isinstance(unwrap(self.model), FSDPModule):
+            # As DDP and DeepSpeed do by themselves; FSDP takes each process's part from that process's own weights.
+            self._share([*self.model.parameters(), *self.model.buffers()])
+        return super()._prepare_for_training(*args, **kwargs)
+
+    @torch.no_grad()
+    def _share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values."""
+        if self.accelerator.num_processes > 1:
+            for tensor in tensors:
+                # On the device: not every backend reaches tensors elsewhere.
+                tensor.copy_(broadcast(tensor.detach().to(self.args.device)))
+
     # ---- What subclasses override ----------------------------------------------------------------------------------
 
     def compute_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -346,7 +370,12 @@ class DistillationTrainer(Trainer):
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
         args, kwargs = self._student_signature.select(self._with_usual_label_name(inputs))
-        raw = model(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            dtype = self.accelerator.state.deepspeed_plugin.hf_ds_config.dtype()
+            args, kwargs = recursively_apply(lambda value: value.to(dtype), (args, kwargs), test_type=_is_float)
+        # Under DDP Accelerate has put it around the forward pass; under FSDP2, and before training, it has not.
+        with self.accelerator.autocast():
+            raw = model(*args, **kwargs)
         return Outputs(logits_of(raw), raw)
 
     def _with_usual_label_name(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,6 +421,10 @@ class DistillationTrainer(Trainer):
         images, targets = self._mixer(inputs["pixel_values"], labels)
         mixed = {**inputs, "pixel_values": images}
         return mixed if targets is None else {**mixed, self._label_name: targets}
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Trainer casts to DeepSpeed's type here, and the teacher would get rounded images; see _student_outputs.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     # ---- Data ------------------------------------------------------------------------------------------------------
 
@@ -460,6 +493,7 @@ class DistillationTrainer(Trainer):
         elif resume_from_checkpoint:
             resume_from_checkpoint = self._checked_checkpoint(str(resume_from_checkpoint))
         if isinstance(resume_from_checkpoint, str):
+            self._check_engine(Path(resume_from_checkpoint))
             self._restore_provenance(resume_from_checkpoint)
         if self.args.uses_teacher:
             if self.args.teacher_preflight and self.teacher_top1 is None:
@@ -517,6 +551,17 @@ class DistillationTrainer(Trainer):
         if reason is not None:
             logger.warning("The checkpoint %s may be incomplete: %s.", checkpoint, reason)
         return checkpoint
+
+    def _check_engine(self, checkpoint: Path) -> None:
+        own = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
+        writer = checkpoints.engine(checkpoint)
+        if writer != own:
+            written, trains = (f"with {name}" if name else "without FSDP or DeepSpeed" for name in (writer, own))
+            raise ValueError(
+                f"The checkpoint {checkpoint} was written {written} and this run trains {trains}, which keep the "
+                "optimiser's state in different forms: go on with the launch configuration that it was begun with, or "
+                "begin a new run from its weights (hf_kd.student.load_student_weights)."
+            )
 
     def _restore_provenance(self, checkpoint: str) -> None:
         path = Path(checkpoint) / PROVENANCE
@@ -620,12 +665,35 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        # BatchNorm's statistics are each process's own, and the first one's are saved: those are evaluated.
+        self._share(unwrap(self.model).buffers())
+        with self._unprepared() if not self.accelerator._models else contextlib.nullcontext():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         # Trainer averages over batches, whatever their size and number of labels; this is the mean over samples.
         values, nll = output.metrics or {}, f"{metric_key_prefix}_nll"
         if self._default_metrics and nll in values:
             values[f"{metric_key_prefix}_loss"] = values[nll]
         return output
+
+    @contextlib.contextmanager
+    def _unprepared(self) -> Iterator[None]:
+        """Have a student that is not in training yet evaluated as it is, whole.
+
+        Accelerate would prepare it for evaluation alone and later take it for prepared: training would then go on in
+        each process by itself. FSDP and ZeRO-2 prepare a student only together with its optimiser.
+        """
+        deepspeed = self.is_deepspeed_enabled
+        if deepspeed or self.is_fsdp_enabled:
+            self.model.to(self.args.device)
+        self.accelerator._models.append(self.model)
+        self.is_deepspeed_enabled = False
+        try:
+            yield
+        finally:
+            self.accelerator._models.clear()
+            self.is_deepspeed_enabled = deepspeed
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Trainer's predict: ``predictions`` are the logits (with ``teacher_metrics``: student's and teacher's)."""
@@ -679,6 +747,7 @@ class DistillationTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._guard.watch_gradient(norm, model, self._step_batches, self.state.global_step + 1, self.accelerator)
         return norm
 
@@ -861,6 +930,10 @@ class DistillationTrainer(Trainer):
 
 
 # ---- Helpers -------------------------------------------------------------------------------------------------------
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _reduce_logits(logits: Any, labels: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@
 Every field below can be given on the command line or in the YAML file of --config; the command line wins. A folder
 holds one sub-folder a class. With no data given, imagenet/ and data/imagenet/ here are looked at (each with train/ and
 val/), and nothing else. Everything lands in --output_dir: checkpoints, results.json, and the student with its card.
---resume_from_checkpoint last goes on where an earlier launch stopped.
+--resume_from_checkpoint last goes on where an earlier launch stopped. For many GPUs and machines give accelerate a
+--config_file of recipes/configs/accelerate/: everything here stays as it is, the total batch included.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ FILES = {
     "one_machine": ("MULTI_GPU", 8, "bf16", "multi_gpu"),
     "several_machines": ("MULTI_GPU", 16, "bf16", "multi_gpu"),
     "fsdp2": ("FSDP", 8, "bf16", "use_fsdp"),
-    "deepspeed_zero2": ("DEEPSPEED", 8, "bf16", "use_deepspeed"),
+    "deepspeed_zero2": ("DEEPSPEED", 8, "no", "use_deepspeed"),
 }
 
 
