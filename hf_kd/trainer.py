@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import logging
 import os
 import platform
 import random
-import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,45 +18,33 @@ import timm
 import torch
 import transformers
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast, broadcast_object_list
 from accelerate.utils.operations import recursively_apply
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
     PredictionOutput,
-    SaveStrategy,
     has_length,
-    rotate_checkpoints,
 )
 
-from . import checkpoints, metrics
+from . import metrics
 from .config import DistillationConfig
-from .data.bad_samples import BadSampleReport, SkippingDataset
-from .data.collate import collate
 from .data.mixing import BatchMixer
-from .data.padding import SAMPLE_MASK, Numbered, mark_padding
-from .data.views import EpochCallback
+from .data.padding import SAMPLE_MASK, mark_padding
 from .files import atomic_write, write_text
 from .labels import is_soft, normalise_labels
-from .launch import check_launch
 from .losses import Outputs, functional
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
-from .networks import Preprocessing, Signature, logits_of, num_classes_of, unwrap
-from .nonfinite import FiniteGuard
-from .preemption import EXIT_STATUS, PreemptionCallback
+from .networks import Preprocessing, Signature, logits_of, unwrap
 from .preflight import mean_power_sum, teacher_top1
-from .samples import count_labels, count_samples, sample_mask, without_repeats
+from .reliable_trainer import ReliableTrainer, changed
+from .samples import count_samples, sample_mask, without_repeats
 from .student import WEIGHTS, load_student_weights, save_student
 from .teacher import Teacher
 from .version import __version__
@@ -68,7 +53,7 @@ from .version import __version__
 logger = get_logger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ReliableTrainer):
     """A transformers Trainer whose loss also listens to a teacher.
 
     ``ce_weight · CE + beta · loss``, averaged over the samples of a whole optimiser step: over accumulated batches and
@@ -95,10 +80,6 @@ class DistillationTrainer(Trainer):
     # compute_loss divides by the sample count of the whole optimiser step, so the loop must not divide again.
     loss_is_scaled_for_ga = True
 
-    # Narrower than Trainer declares them: a trainer that is built has both.
-    args: DistillationConfig
-    model: nn.Module
-
     _tag_names = ["knowledge-distillation", "timm", "hf_kd"]
 
     def __init__(
@@ -118,18 +99,12 @@ class DistillationTrainer(Trainer):
                 f"`model` must be a torch module, got {type(model).__name__}: build the student with "
                 "hf_kd.create_student(name, num_classes=...)."
             )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible and no launcher is running, which would mean torch's DataParallel: "
-                f"start the script with `accelerate launch --multi_gpu --num_processes {args.n_gpu} SCRIPT.py`, or "
-                "choose one GPU with CUDA_VISIBLE_DEVICES."
-            )
         if model is not None and getattr(unwrap(model), "num_classes", None) == 0:
             raise ValueError(
                 f"The student {type(unwrap(model)).__name__} has no classifier, only features (num_classes=0): build "
                 "it with the data's class count."
             )
-        _check_output_dir(args)
+        self.check_place(args)
         self.teacher = self._build_teacher(teacher_model, args, model)
         self.distillation_loss = self._build_loss(args, distillation_loss)
         self.beta: float | None = None if args.beta == "auto" else float(args.beta)
@@ -141,18 +116,7 @@ class DistillationTrainer(Trainer):
         if self._default_metrics:
             trainer_kwargs["compute_metrics"] = _summarise
             trainer_kwargs["preprocess_logits_for_metrics"] = _reduce_logits
-        if trainer_kwargs.get("data_collator") is None and trainer_kwargs.get("processing_class") is None:
-            trainer_kwargs["data_collator"] = collate
-        self._preemption = PreemptionCallback()
-        own = [EpochCallback(), BadSampleReport(), self._preemption]
-        trainer_kwargs["callbacks"] = [*own, *(trainer_kwargs.get("callbacks") or [])]
-        # Trainer sets transformers' verbosity by the same argument.
-        logging.getLogger(__package__).setLevel(args.get_process_log_level())
-        # Trainer's constructor asks for model.config when labels are smoothed, which the loss does here; and it would
-        # install a SIGTERM handler of its own.
-        with _changed(args, label_smoothing_factor=0.0, enable_jit_checkpoint=False):
-            super().__init__(model, args, **trainer_kwargs)
-        check_launch(self.args)
+        super().__init__(model, args, **trainer_kwargs)
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` would replace the distillation objective: pass `distillation_loss`, or override "
@@ -161,16 +125,8 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         student = unwrap(self.model)
         self._student_signature = Signature.of(student)
-        self._student_classes = num_classes_of(student)
         self._meters = Meters()
         self._logged_components: dict[str, float] = {}
-        self._guard = FiniteGuard(
-            self.args.on_nonfinite, self.args.max_nonfinite_steps, deferred=self.args.device.type != "cpu"
-        )
-        self._step_batches: list[dict[str, Any]] = []
-        self._counted_step = 0
-        self._save_total_limit = self.args.save_total_limit
-        self._skipping: dict[tuple[int, bool], SkippingDataset] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
         if self.teacher is not None:
@@ -180,16 +136,6 @@ class DistillationTrainer(Trainer):
                 dtype=self.args.teacher_torch_dtype,
                 compile=self.args.teacher_compile,
                 sharded=self.args.teacher_fsdp,
-            )
-        if self.accelerator.num_processes > 1 and not self.accelerator.even_batches:
-            raise ValueError(
-                "accelerator_config has even_batches=False: with several processes some would have no last batch, and "
-                "the others would wait for them for ever. Leave it True: repeats that fill batches up do not count."
-            )
-        if self.is_deepspeed_enabled and self.args.on_nonfinite == "skip":
-            raise ValueError(
-                'on_nonfinite="skip" cannot take back a step of DeepSpeed, which updates the weights itself: use '
-                '"raise", or fp16, whose loss scaler skips such steps.'
             )
 
     # ---- Set-up ----------------------------------------------------------------------------------------------------
@@ -231,27 +177,6 @@ class DistillationTrainer(Trainer):
                 "them part of the student, or fix them with requires_grad_(False)."
             )
         return own if isinstance(own, LogitLoss) else CallableLoss(own)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        if self.accelerator.is_fsdp2:
-            # Accelerate's would turn the weights into bf16, with which BatchNorm's statistics do not go, and add
-            # gradients up in it. Autocast (_student_outputs) does neither: mixed precision is the same as under DDP.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.accelerator.is_fsdp2 and not isinstance(unwrap(self.model), FSDPModule):
-            # As DDP and DeepSpeed do by themselves; FSDP takes each process's part from that process's own weights.
-            self._share([*self.model.parameters(), *self.model.buffers()])
-        return super()._prepare_for_training(*args, **kwargs)
-
-    @torch.no_grad()
-    def _share(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the first one's values."""
-        if self.accelerator.num_processes > 1:
-            for tensor in tensors:
-                # On the device: not every backend reaches tensors elsewhere.
-                tensor.copy_(broadcast(tensor.detach().to(self.args.device)))
 
     # ---- What subclasses override ----------------------------------------------------------------------------------
 
@@ -387,10 +312,6 @@ class DistillationTrainer(Trainer):
         }
 
     @property
-    def _label_name(self) -> str:
-        return self.args.label_names[0]
-
-    @property
     def _loss_scale(self) -> int:
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
@@ -422,146 +343,17 @@ class DistillationTrainer(Trainer):
         mixed = {**inputs, "pixel_values": images}
         return mixed if targets is None else {**mixed, self._label_name: targets}
 
-    def _prepare_input(self, data: Any) -> Any:
-        # Trainer casts to DeepSpeed's type here, and the teacher would get rounded images; see _student_outputs.
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
-
-    # ---- Data ------------------------------------------------------------------------------------------------------
-
-    def _get_dataloader(  # type: ignore[override]
-        self, dataset: Any, *, is_training: bool = False, **kwargs: Any
-    ) -> DataLoader:
-        if self.args.on_bad_sample == "skip":
-            dataset = self._passing_over_bad_samples(dataset, is_training)
-        streams = isinstance(dataset, IterableDataset)
-        if streams and self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
-            dataset = Numbered(dataset)
-        loader = super()._get_dataloader(dataset, is_training=is_training, **kwargs)
-        self._preemption.let_workers_finish(loader)
-        return loader
-
-    def _passing_over_bad_samples(self, dataset: Any, is_training: bool) -> Any:
-        if not isinstance(dataset, IterableDataset):
-            # One for all loaders of a data set: it knows what was bad.
-            key = (id(dataset), is_training)
-            return self._skipping.setdefault(key, SkippingDataset(dataset, evaluation=not is_training))
-        if not hasattr(dataset, "on_bad_sample"):
-            raise ValueError(
-                f'on_bad_sample="skip" cannot go on with a {type(dataset).__name__}, which ends with its first error: '
-                "catch the errors in its __iter__, or use hf_kd.data.HubImageStream."
-            )
-        dataset.on_bad_sample = "skip"
-        return dataset
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
-        """The batches of an optimiser step, and how many samples and labels, (2,), they have over all processes."""
-        batches = [mark_padding(batch, self.accelerator) for batch in itertools.islice(epoch_iterator, num_batches)]
-        self._step_batches = batches
-        if not batches:
-            return batches, None
-        kind = (self._label_name, self._student_classes, self.args.device)
-        pairs = [torch.stack([count_samples(batch, *kind), count_labels(batch, *kind)]) for batch in batches]
-        own = torch.stack(pairs).sum(dim=0)
-        summed = self._preemption.share(own, self.accelerator)
-        return batches, summed if self.args.average_tokens_across_devices else own
-
     # ---- Before training -------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, after the teacher's preflight and the choice of beta; a resumed run has both in its checkpoint.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; or True for the last complete one in ``output_dir``, and
-                for the beginning if there is none yet, so that one command starts a run and goes on with it.
-
-        Raises:
-            SystemExit: with status 143, after a checkpoint, if SIGTERM came (see ``enable_jit_checkpoint``).
-        """
-        if self.train_dataset is not None and has_length(self.train_dataset) and len(self.train_dataset) == 0:
-            raise ValueError("`train_dataset` is empty (its length is 0): give data to train on.")
-        batch = self.args.train_batch_size * (1 if self.accelerator.split_batches else self.args.world_size)
-        if self.args.dataloader_drop_last and has_length(self.train_dataset) and len(self.train_dataset) < batch:
-            raise ValueError(
-                f"`train_dataset` has {len(self.train_dataset)} samples, fewer than one batch of {batch} over all "
-                "processes, and dataloader_drop_last leaves out what is no whole batch: make the batch smaller, or "
-                "set it to False."
-            )
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_checkpoint()
-        elif resume_from_checkpoint:
-            resume_from_checkpoint = self._checked_checkpoint(str(resume_from_checkpoint))
-        if isinstance(resume_from_checkpoint, str):
-            self._check_engine(Path(resume_from_checkpoint))
-            self._restore_provenance(resume_from_checkpoint)
+    def _before_training(self, checkpoint: str | None) -> None:
+        """The teacher's preflight and the choice of beta; a resumed run has both in its checkpoint."""
+        if checkpoint is not None:
+            self._restore_provenance(checkpoint)
         if self.args.uses_teacher:
             if self.args.teacher_preflight and self.teacher_top1 is None:
                 self._preflight()
             if self.beta is None:
                 self.beta = self._measure_beta()
-        try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
-            self._guard.check()
-        finally:
-            self._preemption.restore()
-        if self._preemption.stopped_at is not None:
-            if self.is_world_process_zero():
-                logger.warning(
-                    "SIGTERM: training stopped after step %d with a checkpoint in %s; go on with "
-                    "train(resume_from_checkpoint=True).",
-                    self._preemption.stopped_at,
-                    self.args.output_dir,
-                )
-            raise SystemExit(EXIT_STATUS)
-        return output
-
-    def _last_checkpoint(self) -> str | None:
-        """The last complete checkpoint, the same for all processes, or None."""
-        found: list[str | None] = [None]
-        if self.is_world_process_zero():
-            last = checkpoints.last_complete(self.args.output_dir)
-            found = [None if last is None else str(last)]
-        broadcast_object_list(found)
-        if found[0] is None:
-            logger.warning(
-                "There is no complete checkpoint in %s to resume from: training starts at the beginning.",
-                self.args.output_dir,
-            )
-        elif not Path(found[0]).is_dir():
-            raise RuntimeError(
-                f"Process {self.args.process_index} does not see the checkpoint {found[0]}, which the first process "
-                "found: put `output_dir` where all machines share it, or copy the checkpoint to each of them."
-            )
-        return found[0]
-
-    def _checked_checkpoint(self, checkpoint: str) -> str:
-        folder = Path(checkpoint)
-        if not (folder / TRAINER_STATE_NAME).is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint` {checkpoint} is no checkpoint (a folder with {TRAINER_STATE_NAME}): give "
-                "one, or True for the last complete one in `output_dir`."
-            )
-        reason = checkpoints.defect(folder)
-        if reason is not None and (folder / checkpoints.MANIFEST).is_file():
-            raise ValueError(
-                f"The checkpoint {checkpoint} is damaged: {reason}. Resume from another one, or with "
-                "resume_from_checkpoint=True from the last complete one."
-            )
-        if reason is not None:
-            logger.warning("The checkpoint %s may be incomplete: %s.", checkpoint, reason)
-        return checkpoint
-
-    def _check_engine(self, checkpoint: Path) -> None:
-        own = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
-        writer = checkpoints.engine(checkpoint)
-        if writer != own:
-            written, trains = (f"with {name}" if name else "without FSDP or DeepSpeed" for name in (writer, own))
-            raise ValueError(
-                f"The checkpoint {checkpoint} was written {written} and this run trains {trains}, which keep the "
-                "optimiser's state in different forms: go on with the launch configuration that it was begun with, or "
-                "begin a new run from its weights (hf_kd.student.load_student_weights)."
-            )
 
     def _restore_provenance(self, checkpoint: str) -> None:
         path = Path(checkpoint) / PROVENANCE
@@ -665,35 +457,12 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        # BatchNorm's statistics are each process's own, and the first one's are saved: those are evaluated.
-        self._share(unwrap(self.model).buffers())
-        with self._unprepared() if not self.accelerator._models else contextlib.nullcontext():
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         # Trainer averages over batches, whatever their size and number of labels; this is the mean over samples.
         values, nll = output.metrics or {}, f"{metric_key_prefix}_nll"
         if self._default_metrics and nll in values:
             values[f"{metric_key_prefix}_loss"] = values[nll]
         return output
-
-    @contextlib.contextmanager
-    def _unprepared(self) -> Iterator[None]:
-        """Have a student that is not in training yet evaluated as it is, whole.
-
-        Accelerate would prepare it for evaluation alone and later take it for prepared: training would then go on in
-        each process by itself. FSDP and ZeRO-2 prepare a student only together with its optimiser.
-        """
-        deepspeed = self.is_deepspeed_enabled
-        if deepspeed or self.is_fsdp_enabled:
-            self.model.to(self.args.device)
-        self.accelerator._models.append(self.model)
-        self.is_deepspeed_enabled = False
-        try:
-            yield
-        finally:
-            self.accelerator._models.clear()
-            self.is_deepspeed_enabled = deepspeed
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Trainer's predict: ``predictions`` are the logits (with ``teacher_metrics``: student's and teacher's)."""
@@ -709,28 +478,12 @@ class DistillationTrainer(Trainer):
 
     # ---- Logging ---------------------------------------------------------------------------------------------------
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._count_scaler_steps()
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._guard.check()
-        # Reduced here, where every process passes, and not in log(), which a user may call on one process alone.
-        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._logged_components = self._meters.means(self.accelerator)
-            if self.args.uses_teacher and self.beta is not None:
-                self._logged_components["beta"] = self.beta
-            if self._guard.skipped:
-                self._logged_components["skipped_steps"] = self._guard.skipped
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _count_scaler_steps(self) -> None:
-        """Count the updates that fp16's gradient scaler skipped, as it does to find its scale."""
-        if self.accelerator.scaler is None or self._counted_step == self.state.global_step:
-            return
-        self._counted_step = self.state.global_step
-        if self.accelerator.optimizer_step_was_skipped:
-            self._guard.count_skipped(f"The scaled fp16 gradient is not finite at step {self.state.global_step}.")
-        else:
-            self._guard.count_taken()
+    def _before_logging(self) -> None:
+        self._logged_components = self._meters.means(self.accelerator)
+        if self.args.uses_teacher and self.beta is not None:
+            self._logged_components["beta"] = self.beta
+        if self._guard.skipped:
+            self._logged_components["skipped_steps"] = self._guard.skipped
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -739,17 +492,6 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     # ---- Optimiser and schedule ------------------------------------------------------------------------------------
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        # A step that is skipped is left out of the average that is logged.
-        return torch.where(torch.isfinite(loss), loss, 0.0) if self.args.on_nonfinite == "skip" else loss
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._guard.watch_gradient(norm, model, self._step_batches, self.state.global_step + 1, self.accelerator)
-        return norm
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.args.decay_all_parameters:
@@ -792,46 +534,10 @@ class DistillationTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         # As the user gave them, but for what is secret.
-        given = _changed(self.args, hub_token=None, save_total_limit=self._save_total_limit)
+        given = changed(self.args, hub_token=None, save_total_limit=self._save_total_limit)
         with given, atomic_write(folder / TRAINING_ARGS_NAME) as draft:
             torch.save(self.args, draft)
         write_text(folder / PROVENANCE, json.dumps(self.provenance(), indent=2) + "\n")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's checkpoint, sealed when it is complete; only then may older ones go."""
-        run_dir = Path(self._get_output_dir(trial))
-        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.discard(folder)
-        self.accelerator.wait_for_everyone()
-        limit = self._save_total_limit = self.args.save_total_limit
-        try:
-            with _changed(self.args, save_total_limit=None):
-                super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoints.seal(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise self._not_saved(folder, error) from error
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _not_saved(self, folder: Path, error: Exception) -> RuntimeError:
-        if self.args.should_save:
-            # What was written of it takes up the space that may have been missing.
-            checkpoints.discard(folder)
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        last = checkpoints.last_complete(folder.parent)
-        kept = f"the last complete checkpoint is {last}" if last else "there is no earlier checkpoint"
-        return RuntimeError(
-            f"The checkpoint {folder} could not be written ({reason}), and training stopped: {kept}. Make room on the "
-            "disk (save_total_limit keeps fewer checkpoints) and go on with train(resume_from_checkpoint=True)."
-        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not (Path(resume_from_checkpoint) / WEIGHTS).is_file():
@@ -960,33 +666,6 @@ def _summarise_logits(prediction: EvalPrediction) -> dict[str, float]:
     parts = tuple(torch.from_numpy(part) for part in (logits if isinstance(logits, tuple) else (logits,)))
     rows = _reduce_logits(parts if len(parts) > 1 else parts[0], torch.from_numpy(np.asarray(prediction.label_ids)))
     return metrics.summarise(rows)
-
-
-def _check_output_dir(args: DistillationConfig) -> None:
-    """Find out now, not at the first checkpoint, whether the output folder can be written to."""
-    if not args.should_save:
-        return
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.save_strategy != SaveStrategy.NO:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        raise ValueError(
-            f"`output_dir` {folder} cannot be written to ({error.strerror}): give a folder that can."
-        ) from error
-
-
-@contextlib.contextmanager
-def _changed(args: DistillationConfig, **values: Any) -> Iterator[None]:
-    """Other values of some arguments while the body runs."""
-    saved = {name: getattr(args, name) for name in values}
-    try:
-        vars(args).update(values)
-        yield
-    finally:
-        vars(args).update(saved)
 
 
 @contextlib.contextmanager

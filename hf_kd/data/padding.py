@@ -58,7 +58,7 @@ def mark_padding(batch: dict[str, Any], accelerator: Accelerator) -> dict[str, A
     size = find_batch_size(batch)
     if accelerator.num_processes == 1 or size is None:
         return batch
-    device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+    device = next((value.device for value in batch.values() if isinstance(value, Tensor)), accelerator.device)
     place = accelerator.process_index * size + torch.arange(size, device=device)
     if serial is not None:
         # A sample that comes for the second time is not where its number belongs.

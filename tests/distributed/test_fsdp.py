@@ -240,6 +240,15 @@ def test_a_checkpoint_of_another_engine(tmp_path):
     assert run_processes(with_another_engine, 2, tmp_path, launch_variables()) == [expected, expected]
 
 
+def saving_everywhere(rank, folder, variables):
+    with pytest.raises(ValueError, match="save_on_each_node=True does not go with FSDP"):
+        build(folder, "module", variables, save_on_each_node=True)
+
+
+def test_a_machine_without_the_student_does_not_save_it(tmp_path):
+    run_processes(saving_everywhere, 2, tmp_path, launch_variables())
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
 
