@@ -19,9 +19,12 @@ class Meters:
         pair = torch.where(torch.isfinite(pair[0]), pair, 0.0)
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def add_values(self, name: str, values: Tensor) -> None:
-        """Add one value per sample."""
-        self.add(name, values.sum(), torch.tensor(values.numel(), device=values.device))
+    def add_values(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add one value per sample; where ``mask`` is False there is none."""
+        if mask is None:
+            self.add(name, values.sum(), torch.tensor(values.numel(), device=values.device))
+        else:
+            self.add(name, torch.where(mask, values, 0.0).sum(), mask.sum())
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean of everything added since the last call, over all processes; every process must call it."""

@@ -96,6 +96,7 @@ class FiniteGuard:
             accelerator: its gradient scaler (fp16) skips bad steps itself, which :meth:`count_skipped` counts.
         """
         if accelerator.scaler is not None or norm is None:
+            self._loss_of_step = None
             return
         norm = torch.as_tensor(norm, device=accelerator.device)
         bad = ~torch.isfinite(norm.detach())

@@ -25,11 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import (
-    EvalLoopOutput,
-    PredictionOutput,
-    has_length,
-)
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from . import metrics
 from .config import DistillationConfig
@@ -263,9 +259,11 @@ class DistillationTrainer(ReliableTrainer):
         if teacher is not None:
             terms["distill"] = self._distillation_term(student, teacher, inputs, own_samples, step_samples, processes)
         with torch.no_grad():
-            mask = sample_mask(inputs, student.logits.shape[:-1])
-            entropy = functional.entropy(student.log_probs)
-            self._meters.add_values("student_entropy", entropy if mask is None else entropy[mask])
+            self._meters.add_values(
+                "student_entropy",
+                functional.entropy(student.log_probs),
+                sample_mask(inputs, student.logits.shape[:-1]),
+            )
         self._guard.watch_loss(terms, student, teacher, inputs, self.state.global_step + 1)
         loss = torch.stack(list(terms.values())).sum()
         return (loss, student.raw) if return_outputs else loss
@@ -365,17 +363,17 @@ class DistillationTrainer(ReliableTrainer):
             self.beta = saved.get("beta")
         now = self.provenance()
         compared = ("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes")
-        changed = [
+        differences = [
             f"{key} was {saved[key]} and is {now[key]}" for key in compared if key in saved and saved[key] != now[key]
         ]
         was, is_now = ((values.get("teacher") or {}).get("id") for values in (saved, now))
         if was != is_now:
-            changed.append(f"the teacher was {was} and is {is_now}")
-        if changed:
+            differences.append(f"the teacher was {was} and is {is_now}")
+        if differences:
             logger.warning(
                 "Going on from %s with other settings, which is not the run that it began: %s.",
                 checkpoint,
-                "; ".join(changed),
+                "; ".join(differences),
             )
 
     @torch.no_grad()

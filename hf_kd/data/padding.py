@@ -47,7 +47,7 @@ class Numbered(IterableDataset):
 
 
 def mark_padding(batch: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """The batch, with a SAMPLE_MASK if samples of it are repeats.
+    """The batch, with a SAMPLE_MASK if samples of it are repeats (or may be, where looking would stall a device).
 
     Args:
         batch: what accelerate's loader gave last, this process's part of it.
@@ -63,8 +63,6 @@ def mark_padding(batch: dict[str, Any], accelerator: Accelerator) -> dict[str, A
     if serial is not None:
         # A sample that comes for the second time is not where its number belongs.
         real = serial.to(device) % (accelerator.num_processes * size) == place
-        if bool(real.all()):
-            return batch
     else:
         samples = _samples_of_last_batch(accelerator)
         if samples is None or samples >= accelerator.num_processes * size:
