@@ -10,6 +10,7 @@ which timm and transformers both open. Runs that are done are kept: a second lau
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ from typing import Any
 import digits_report as report
 import torch
 import yaml
+from common import did_you_mean, mistakes_end_the_run
 from torch.utils.data import Subset
 from transformers import PrinterCallback
 from transformers.utils import logging
@@ -38,6 +40,7 @@ from hf_kd.networks import logits_of
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits" / "wttm.yaml"
+SECTIONS = ("data", "teacher", "student", "training", "seeds", "methods")
 
 
 @dataclass
@@ -271,7 +274,15 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     args = parser.parse_args(argv)
     if not args.config.is_file():
         parser.error(f"--config {args.config} does not exist.")
-    settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        parser.error(f"--config {args.config} is not a YAML file: {' '.join(str(error).split())}")
+    sections = settings if isinstance(settings, dict) else {}
+    if not all(isinstance(sections.get(name), dict) for name in ("training", "methods")):
+        parser.error(
+            f"--config {args.config} must have the sections {', '.join(SECTIONS)}; see {DEFAULT_CONFIG.name}."
+        )
     if args.seeds:
         settings["seeds"] = args.seeds
     if args.methods:
@@ -282,6 +293,23 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     return args, settings
 
 
+def check(settings: dict[str, Any], path: Path, folder: Path) -> None:
+    """ValueError for sections and fields that the YAML file should not have, or lacks, and for values out of range."""
+    missing = [name for name in SECTIONS if name not in settings]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: {DEFAULT_CONFIG.name} has every section.")
+    fields = [field.name for field in dataclasses.fields(DistillationConfig) if field.init]
+    places = {"": (settings, (*SECTIONS, "search")), "training": (settings["training"], fields)}
+    places |= {f"methods: {name}": (method, fields) for name, method in settings["methods"].items()}
+    for place, (given, allowed) in places.items():
+        for key in given:
+            if key not in allowed:
+                where = f" under {place}" if place else ""
+                raise ValueError(f"{path} has the unknown key {key!r}{where}{did_you_mean(str(key), allowed)}.")
+    for method in settings["methods"].values():
+        arguments(folder, {**settings["training"], **method}, seed=0)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args, settings = parse(argv)
     leave_extra_processes()
@@ -289,9 +317,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder: Path = args.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    data = build_data(settings)
+    with mistakes_end_the_run():
+        check(settings, args.config, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = build_data(settings)
     teacher = get_teacher(settings, data, folder)
     if args.search:
         search(settings, data, teacher, folder)

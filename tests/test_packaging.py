@@ -95,3 +95,8 @@ def test_the_trainer_names_no_loss_and_the_library_prints_nothing():
     for path in (ROOT / "hf_kd").rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         assert not [node for node in calls if getattr(node.func, "id", None) == "print"], path
+
+
+def test_remote_code_is_never_trusted_for_the_user():
+    sources = [*(ROOT / "hf_kd").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    assert [path.name for path in sources if "trust_remote_code" in path.read_text(encoding="utf-8")] == []

@@ -111,6 +111,32 @@ def test_mistakes_end_with_one_sentence(arguments, message, capsys, monkeypatch)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  kd: {loss: kd,", "  kd: {los: kd,", "unknown key 'los' under methods: kd (did you mean loss?)"),
+        ("max_steps: 330", "max_step: 330", "unknown key 'max_step' under training (did you mean max_steps?)"),
+        ("seeds: [0, 1, 2]", "seds: [0, 1, 2]", "lacks seeds"),
+        ("loss: ttm, temperature: 2.0", "loss: ttm, temperature: 0", "`temperature` must be"),
+        ("loss: ttm,", "loss: tmt,", "'tmt'"),
+        ("seeds: [0, 1, 2]", "seeds: [0, 1", "is not a YAML file"),
+        ("methods:", "method:", "must have the sections data, teacher, student, training, seeds, methods"),
+    ],
+)
+def test_mistakes_in_the_yaml_end_with_one_sentence(old, new, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE.parent))
+    import digits_wttm
+
+    text = digits_wttm.DEFAULT_CONFIG.read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "mine.yaml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        digits_wttm.main(["--config", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_extra_processes_leave_the_work_to_one(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "1", "WORLD_SIZE": "2"}
     command = [sys.executable, str(RECIPE), "--output_dir", str(tmp_path / "out")]
