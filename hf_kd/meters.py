@@ -8,15 +8,21 @@ from torch import Tensor
 
 
 class Meters:
-    """Weighted means by name, accumulated without ever waiting for the device."""
+    """Weighted means by name, accumulated without ever waiting for the device.
 
-    def __init__(self) -> None:
+    Args:
+        drop_nonfinite: leave out sums that are not finite.
+    """
+
+    def __init__(self, *, drop_nonfinite: bool = False) -> None:
+        self.drop_nonfinite = drop_nonfinite
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Add a sum over ``count`` samples, both scalars; one that is not finite is left out."""
+        """Add a sum over ``count`` samples, both scalars."""
         pair = torch.stack([total.detach(), count.detach().to(total.dtype)])
-        pair = torch.where(torch.isfinite(pair[0]), pair, 0.0)
+        if self.drop_nonfinite:
+            pair = torch.where(torch.isfinite(pair[0]), pair, 0.0)
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def add_values(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,25 +49,26 @@ class FiniteGuard:
 
     def watch_loss(
         self,
+        loss: Tensor,
         terms: Mapping[str, Tensor],
         student: Outputs,
         teacher: Outputs | None,
         inputs: Mapping[str, Any],
         step: int,
     ) -> None:
-        """Look at the terms of a batch's loss, before its backward pass.
+        """Look at a batch's loss, the sum of its terms, before the backward pass.
 
         Raises:
             RuntimeError: by policy "raise", where it looks at once.
         """
+        if not self.deferred and math.isfinite(loss.item()):
+            return
         names = list(terms)
-        bad = torch.stack([~torch.isfinite(term.detach()).all() for term in terms.values()])
+        bad = ~torch.isfinite(torch.stack([term.detach() for term in terms.values()]))
         if self.deferred:
             self._remember(names, bad, inputs.get("index"), step)
             return
-        if not bool(bad.any()):
-            return
-        component = ", ".join(name for name, flag in zip(names, bad.tolist(), strict=True) if flag)
+        component = ", ".join(name for name, flag in zip(names, bad.tolist(), strict=True) if flag) or "sum"
         message = _describe("loss", component, step, _bad_samples(student, teacher, inputs))
         nan = [who for who, outputs in (("student", student), ("teacher", teacher))
                if outputs is not None and bool(outputs.logits.isnan().any())]  # fmt: skip

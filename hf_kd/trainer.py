@@ -121,7 +121,7 @@ class DistillationTrainer(ReliableTrainer):
         self.model_accepts_loss_kwargs = False
         student = unwrap(self.model)
         self._student_signature = Signature.of(student)
-        self._meters = Meters()
+        self._meters = Meters(drop_nonfinite=self.args.on_nonfinite == "skip")
         self._logged_components: dict[str, float] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
@@ -264,8 +264,8 @@ class DistillationTrainer(ReliableTrainer):
                 functional.entropy(student.log_probs),
                 sample_mask(inputs, student.logits.shape[:-1]),
             )
-        self._guard.watch_loss(terms, student, teacher, inputs, self.state.global_step + 1)
         loss = torch.stack(list(terms.values())).sum()
+        self._guard.watch_loss(loss, terms, student, teacher, inputs, self.state.global_step + 1)
         return (loss, student.raw) if return_outputs else loss
 
     def _distillation_term(

@@ -150,7 +150,7 @@ def outputs(rows=3):
 
 def test_deferred_findings_wait_for_the_check_and_the_first_is_told():
     guard = FiniteGuard("raise", 3, deferred=True)
-    watch = partial(guard.watch_loss, student=outputs(), teacher=None)
+    watch = partial(guard.watch_loss, torch.zeros(()), student=outputs(), teacher=None)
     nan = float("nan")
     watch(terms(ce=1.0, distill=2.0), inputs={"index": torch.tensor([0, 1, 2])}, step=1)
     guard.check()
@@ -167,7 +167,7 @@ def test_a_deferred_loss_is_told_before_the_gradient_that_it_spoils():
     accelerator = Accelerator(cpu=True)
     batches = [{"index": torch.tensor([3, 4])}, {"index": torch.tensor([5])}]
     guard.watch_gradient(torch.tensor(float("inf")), nn.Linear(1, 1), batches, 7, accelerator)
-    guard.watch_loss(terms(ce=float("inf")), outputs(), None, {}, 7)
+    guard.watch_loss(torch.zeros(()), terms(ce=float("inf")), outputs(), None, {}, 7)
     with pytest.raises(RuntimeError, match=re.escape("The loss is not finite at step 7 (component: ce).")):
         guard.check()
     guard.watch_gradient(torch.tensor(float("inf")), nn.Linear(1, 1), batches, 8, accelerator)

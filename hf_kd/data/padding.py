@@ -53,10 +53,12 @@ def mark_padding(batch: dict[str, Any], accelerator: Accelerator) -> dict[str, A
         batch: what accelerate's loader gave last, this process's part of it.
         accelerator: that prepared the loader.
     """
+    if accelerator.num_processes == 1:
+        return batch
     batch = dict(batch)
     serial = batch.pop(_SERIAL, None)
     size = find_batch_size(batch)
-    if accelerator.num_processes == 1 or size is None:
+    if size is None:
         return batch
     device = next((value.device for value in batch.values() if isinstance(value, Tensor)), accelerator.device)
     place = accelerator.process_index * size + torch.arange(size, device=device)
