@@ -12,13 +12,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-
-logger = get_logger(__name__)
 
 EXIT_STATUS = 128 + signal.SIGTERM
 """Of a process that SIGTERM ended, as shells write it."""
