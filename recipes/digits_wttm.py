@@ -313,15 +313,15 @@ def check(settings: dict[str, Any], path: Path, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args, settings = parse(argv)
     leave_extra_processes()
-    # One line a run below says what matters; the trainers' own tables would bury it.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     folder: Path = args.output_dir
-    start = time.perf_counter()
     with mistakes_end_the_run():
         check(settings, args.config, folder)
         folder.mkdir(parents=True, exist_ok=True)
         data = build_data(settings)
+    # One line a run below says what matters; the trainers' own tables would bury it.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    start = time.perf_counter()
     teacher = get_teacher(settings, data, folder)
     if args.search:
         search(settings, data, teacher, folder)
