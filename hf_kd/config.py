@@ -131,8 +131,6 @@ class DistillationConfig(TrainingArguments):
     student with parameters that do not take part in every step.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
-
     # --- The objective ---
     loss: str = field(
         default="wttm",
@@ -266,7 +264,7 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def loss_arguments(self) -> dict[str, Any]:
-        """``loss_kwargs``, which TrainingArguments has read from JSON if it was text."""
+        """``loss_kwargs``, read from JSON if it was text."""
         return cast("dict[str, Any]", self.loss_kwargs or {})
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .losses import Outputs
+from .text import some
 
 
 logger = get_logger(__name__)
@@ -102,13 +103,12 @@ class FiniteGuard:
             return
         norm = torch.as_tensor(norm, device=accelerator.device)
         bad = ~torch.isfinite(norm.detach())
+        if self.deferred:
+            self._remember([_GRADIENT], bad[None], _index(batches), step)
+            return
         if self.policy == "raise":
-            indices = [batch["index"] for batch in batches if isinstance(batch.get("index"), Tensor)]
-            index = torch.cat(indices) if indices else None
-            if self.deferred:
-                self._remember([_GRADIENT], bad[None], index, step)
-            elif bool(bad):
-                raise RuntimeError(f"{_describe_gradient(model, step, index)} {_ADVICE}")
+            if bool(bad):
+                raise RuntimeError(f"{_describe_gradient(model, step, _index(batches))} {_ADVICE}")
             return
         found = self._loss_of_step is not None or bool(bad)
         if accelerator.num_processes > 1:
@@ -116,7 +116,7 @@ class FiniteGuard:
             flag = torch.tensor(float(found), device=accelerator.device)
             found = bool(accelerator.reduce(flag, reduction="sum") > 0)
         if not found:
-            self._in_a_row = 0
+            self.count_taken()
             return
         message = self._loss_of_step or _describe_gradient(model, step, None)
         self._loss_of_step = None
@@ -179,7 +179,7 @@ _ADVICE = (
 
 
 def _describe(what: str, component: str, step: int, samples: list[int]) -> str:
-    of = f"; samples with index {_some(samples)}" if samples else ""
+    of = f"; samples with index {some(samples, _MOST_NAMED)}" if samples else ""
     return f"The {what} is not finite at step {step} (component: {component}{of})."
 
 
@@ -189,8 +189,14 @@ def _describe_gradient(model: nn.Module, step: int, index: Tensor | None) -> str
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not bool(torch.isfinite(_own(parameter.grad)).all())
     ]
-    component = f"{_GRADIENT} of {_some(names)}" if names else _GRADIENT
+    component = f"{_GRADIENT} of {some(names, _MOST_NAMED)}" if names else _GRADIENT
     return _describe("gradient", component, step, [] if index is None else index.tolist())
+
+
+def _index(batches: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """The indices of a step's samples, as far as its batches hold them."""
+    indices = [batch["index"] for batch in batches if isinstance(batch.get("index"), Tensor)]
+    return torch.cat(indices) if indices else None
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -210,8 +216,3 @@ def _bad_samples(student: Outputs, teacher: Outputs | None, inputs: Mapping[str,
         # A teacher may be sure of a class: infinities are none of its faults.
         bad |= teacher.logits.isnan().flatten(1).any(dim=1)
     return (index.to(bad.device)[bad] if bool(bad.any()) else index).tolist()
-
-
-def _some(values: list[Any]) -> str:
-    rest = f" and {len(values) - _MOST_NAMED} more" if len(values) > _MOST_NAMED else ""
-    return ", ".join(map(str, values[:_MOST_NAMED])) + rest

@@ -80,9 +80,6 @@ class PreemptionCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.restore()
-
     def restore(self) -> None:
         """Give the signal back to whoever had it before training."""
         self._guarded.fill_(0)

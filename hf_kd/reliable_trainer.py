@@ -39,6 +39,7 @@ from .networks import num_classes_of, unwrap
 from .nonfinite import FiniteGuard
 from .preemption import EXIT_STATUS, PreemptionCallback
 from .samples import count_labels, count_samples
+from .text import first_line
 
 
 logger = get_logger(__name__)
@@ -380,12 +381,12 @@ class ReliableTrainer(Trainer):
         if self.args.should_save:
             # What was written of it takes up the space that may have been missing.
             checkpoints.discard(folder)
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         last = checkpoints.last_complete(folder.parent)
         kept = f"the last complete checkpoint is {last}" if last else "there is no earlier checkpoint"
         return RuntimeError(
-            f"The checkpoint {folder} could not be written ({reason}), and training stopped: {kept}. Make room on the "
-            "disk (save_total_limit keeps fewer checkpoints) and go on with train(resume_from_checkpoint=True)."
+            f"The checkpoint {folder} could not be written ({first_line(error)}), and training stopped: {kept}. Make "
+            "room on the disk (save_total_limit keeps fewer checkpoints) and go on with "
+            "train(resume_from_checkpoint=True)."
         )
 
 

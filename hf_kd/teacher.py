@@ -30,6 +30,7 @@ from .networks import (
     unwrap,
 )
 from .sharding import shard_teacher
+from .text import first_line
 
 
 logger = logging.get_logger(__name__)
@@ -448,7 +449,7 @@ def _fetch(name: str, load: Callable[[], Any]) -> Any:
 
 
 def _not_fetched(name: str, error: Exception) -> RuntimeError:
-    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    reason = first_line(error)
     hint = "Without a network, give a local folder, or a weights file as `checkpoint` (config: teacher_checkpoint)."
     if Path(name).expanduser().exists():
         hint = "The folder must be as timm, transformers or hf_kd saved it."
@@ -520,7 +521,7 @@ def _load_weights(model: nn.Module, path: Path, name: str, weights_only: bool) -
             raise ValueError("the file is empty")
         state_dict = load_state_dict(str(path), weights_only=weights_only)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         # A damaged file is not one that needs code: running it would mend nothing.
         opt_in = (
             " If you wrote the file yourself, weights_only=False (config: teacher_weights_only) runs the code in it."

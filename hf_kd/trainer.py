@@ -239,6 +239,7 @@ class DistillationTrainer(ReliableTrainer):
         step_samples, step_labels = (own_samples, None) if num_items_in_batch is None else num_items_in_batch
         # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
         processes = 1 if num_items_in_batch is None else self._loss_scale
+        mask = sample_mask(inputs, student.logits.shape[:-1])
 
         terms: dict[str, Tensor] = {}
         if self.args.ce_weight:
@@ -251,35 +252,32 @@ class DistillationTrainer(ReliableTrainer):
                 student,
                 labels,
                 label_smoothing=self.args.label_smoothing_factor,
-                mask=sample_mask(inputs, student.logits.shape[:-1]) if SAMPLE_MASK in inputs else None,
+                mask=mask if SAMPLE_MASK in inputs else None,
             )
             step_labels = labelled if step_labels is None else step_labels
             terms["ce"] = self.args.ce_weight * processes * ce / step_labels.clamp_min(1)
             self._meters.add("ce", ce, labelled)
         if teacher is not None:
-            terms["distill"] = self._distillation_term(student, teacher, inputs, own_samples, step_samples, processes)
+            if self.beta is None:
+                self.beta = self._measure_beta()
+            mean = self._distillation_mean(student, teacher, inputs, own_samples, mask)
+            terms["distill"] = self.beta * processes * mean * own_samples / step_samples
         with torch.no_grad():
-            self._meters.add_values(
-                "student_entropy",
-                functional.entropy(student.log_probs),
-                sample_mask(inputs, student.logits.shape[:-1]),
-            )
+            self._meters.add_values("student_entropy", functional.entropy(student.log_probs), mask)
         loss = torch.stack(list(terms.values())).sum()
         self._guard.watch_loss(loss, terms, student, teacher, inputs, self.state.global_step + 1)
         return (loss, student.raw) if return_outputs else loss
 
-    def _distillation_term(
+    def _distillation_mean(
         self,
         student: Outputs,
         teacher: Outputs,
         inputs: Mapping[str, Any],
         own_samples: Tensor,
-        step_samples: Tensor,
-        processes: int,
+        mask: Tensor | None,
     ) -> Tensor:
         parts = self.compute_distillation_loss(student, teacher, inputs)
         parts = parts if isinstance(parts, dict) else {"distill": parts}
-        mask = sample_mask(inputs, student.logits.shape[:-1])
         means = {}
         for name, value in parts.items():
             if mask is not None and value.shape == mask.shape:
@@ -287,9 +285,7 @@ class DistillationTrainer(ReliableTrainer):
             else:
                 means[name] = value.mean()
             self._meters.add(name, means[name] * own_samples, own_samples)
-        if self.beta is None:
-            self.beta = self._measure_beta()
-        return self.beta * processes * means["distill"] * own_samples / step_samples
+        return means["distill"]
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
         args, kwargs = self._student_signature.select(self._with_usual_label_name(inputs))
@@ -413,10 +409,11 @@ class DistillationTrainer(ReliableTrainer):
         return beta
 
     def _batches(self, dataloader: DataLoader) -> Iterator[dict[str, Any]]:
-        return (
-            self._with_checked_labels(self._prepare_inputs(mark_padding(inputs, self.accelerator)))
-            for inputs in dataloader
-        )
+        return map(self._prepared, dataloader)
+
+    def _prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch as a loader gave it, on the device, with checked labels and a mask where samples are repeats."""
+        return self._with_checked_labels(self._prepare_inputs(mark_padding(inputs, self.accelerator)))
 
     # ---- Evaluation ------------------------------------------------------------------------------------------------
 
@@ -431,7 +428,7 @@ class DistillationTrainer(ReliableTrainer):
 
         With ``teacher_metrics`` and a ``compute_metrics`` of your own, the predictions are (student, teacher) logits.
         """
-        inputs = self._with_checked_labels(self._prepare_inputs(mark_padding(inputs, self.accelerator)))
+        inputs = self._prepared(inputs)
         labels = inputs.get(self._label_name)
         if labels is not None and not is_soft(labels, self._student_classes):
             labels = without_repeats(labels, inputs.get(SAMPLE_MASK))

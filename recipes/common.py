@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import gc
 import os
 import re
 import signal
@@ -75,6 +76,17 @@ def interruption_says_how_to_go_on(folder: str) -> Iterator[None]:
             )
             print(f"{Path(sys.argv[0]).name}: interrupted; {how}.", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+
+
+def leave_process_group() -> None:
+    """End the processes' connection, once whatever used it is out of scope.
+
+    The group's threads are joined when nothing refers to it any more. One of gloo's that still lets go of a tensor
+    while Python ends would abort the process, and a run that had done all its work would count as failed.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def did_you_mean(wanted: str, names: Sequence[str], prefix: str = "") -> str:

@@ -27,6 +27,7 @@ from common import (
     find_checkpoint,
     folder_name,
     interruption_says_how_to_go_on,
+    leave_process_group,
     merge,
     mistakes_end_the_run,
     share_batch,
@@ -37,6 +38,7 @@ from transformers import set_seed
 from hf_kd import DistillationConfig, DistillationTrainer, create_student
 from hf_kd.data import eval_transform, load_image_dataset, train_transform
 from hf_kd.launch import check_launch, launched_processes
+from hf_kd.text import some
 
 
 CONFIGS = Path(__file__).parent / "configs" / "imagenet"
@@ -290,7 +292,7 @@ def _check_classes(train: Any, validation: Any, places: Sequence[str], num_class
     names, others = train.class_names, validation.class_names
     if names is not None and others is not None and list(names) != list(others):
         only = [
-            f"only {place} has {_some(sorted(set(one) - set(two)))}"
+            f"only {place} has {some(map(repr, sorted(set(one) - set(two))), 5)}"
             for place, one, two in ((places[0], names, others), (places[1], others, names))
             if set(one) - set(two)
         ]
@@ -303,11 +305,6 @@ def _check_classes(train: Any, validation: Any, places: Sequence[str], num_class
         raise ValueError("The data set does not say how many classes it has: give --num_classes.")
     if num_classes is not None and num_classes != found:
         raise ValueError(f"The training data have {found} classes, not the {num_classes} of --num_classes.")
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + rest
 
 
 # ---- Building ------------------------------------------------------------------------------------------------------
@@ -459,7 +456,7 @@ def _length(dataset: Any) -> int | None:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def train_and_report(argv: Sequence[str] | None) -> None:
     with mistakes_end_the_run():
         run = parse(argv)
         trainer = build_trainer(run.recipe, run.config)
@@ -469,7 +466,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with interruption_says_how_to_go_on(run.config.output_dir):
         trainer.train(resume_from_checkpoint=run.checkpoint)
     report(run, trainer, seconds=time.perf_counter() - start)
-    trainer.accelerator.end_training()
+    trainer.accelerator.free_memory()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    train_and_report(argv)
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -67,13 +67,24 @@ def test_what_lacks_a_file_or_part_of_one_is_passed_over(name, damage, output, c
     assert f"checkpoint-4 is passed over: {reason}" in caplog.text
 
 
-@pytest.mark.parametrize("manifest", [None, "", "{", "[]", '{"files": null}', '{"files": {"a": "b"}}'])
-def test_what_lacks_its_manifest_is_passed_over(manifest, output):
+@pytest.mark.parametrize(
+    ("manifest", "reason"),
+    [
+        (None, "it has no complete.json, so writing it was not finished"),
+        ("", "its complete.json cannot be read (JSONDecodeError)"),
+        ("{", "its complete.json cannot be read (JSONDecodeError)"),
+        ("[]", "its complete.json cannot be read (TypeError)"),
+        ("{}", "its complete.json cannot be read (KeyError)"),
+        ('{"files": null}', "its complete.json cannot be read (AttributeError)"),
+        ('{"files": {"a": "b"}}', "its complete.json cannot be read (ValueError)"),
+    ],
+)
+def test_what_lacks_its_manifest_is_passed_over(manifest, reason, output):
     path = output / "checkpoint-4" / MANIFEST
     path.unlink()
     if manifest is not None:
         path.write_text(manifest)
-    assert defect(path.parent) is not None
+    assert defect(path.parent) == reason
     assert last_complete(output) == output / "checkpoint-3"
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..labels import IGNORE_INDEX
+from ..text import some
 from .views import view_seed
 
 
@@ -186,9 +187,8 @@ class BadSampleReport(TrainerCallback):
             dataset = getattr(dataset, "dataset", None)
         if isinstance(dataset, SkippingDataset):
             bad = sorted(set(gather_object(dataset.bad_indices)))
-            which = f": those with index {', '.join(map(str, bad[:_MOST_NAMED]))}"
-            which += f" and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
-            self._report(len(bad), f"{len(bad)} of {len(dataset)} training samples", f"were replaced by others{which}")
+            which = f"were replaced by others: those with index {some(bad, _MOST_NAMED)}"
+            self._report(len(bad), f"{len(bad)} of {len(dataset)} training samples", which)
         elif dataset is not None and hasattr(dataset, "bad_count"):
             # Where every process reads the whole stream each has counted the same images.
             count = max(gather_object([dataset.bad_count]))

@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from transformers.utils import logging
 
 from ..labels import IGNORE_INDEX
+from ..text import first_line, some
 from .views import EpochMixin, view_rng
 
 
@@ -439,9 +440,7 @@ def _out_of_range(label: int, num_classes: int | None, where: str) -> str:
 
 
 def _quoted(names: Iterable[str], most: int = 20) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(str(name)) for name in names[:most]) + more
+    return some((repr(str(name)) for name in names), most)
 
 
 def _near(wanted: str, names: Iterable[str]) -> str:
@@ -490,7 +489,7 @@ def load_image_dataset(
     try:
         data = datasets.load_dataset(dataset_name, config_name, split=split, streaming=streaming, **load_kwargs)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ValueError(
             f"Cannot load split {split!r} of data set {dataset_name!r}: {reason}. Check the name and the network, "
             "or give a local folder."

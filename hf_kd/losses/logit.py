@@ -247,9 +247,9 @@ def cross_entropy(
             f"{tuple(log_probs.shape)}: give integer classes of shape (...) or probabilities of shape (..., classes)."
         )
     if labels.dtype.is_floating_point:
-        if mask is None:
-            mask = torch.ones(log_probs.shape[:-1], dtype=torch.bool, device=log_probs.device)
-        total = -torch.where(mask[..., None], labels.to(log_probs.dtype) * log_probs, 0.0).sum()
+        products = labels.to(log_probs.dtype) * log_probs
+        total = -(products if mask is None else torch.where(mask[..., None], products, 0.0)).sum()
+        mask = torch.ones_like(log_probs[..., 0], dtype=torch.bool) if mask is None else mask
     else:
         labels = labels if mask is None else labels.masked_fill(~mask, ignore_index)
         mask = labels != ignore_index

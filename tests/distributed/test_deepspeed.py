@@ -5,13 +5,12 @@ asked for, in which case Accelerate leaves DeepSpeed out.
 """
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from launch_files import read
 from processes import run_processes
 from safetensors.torch import load_file
 from tiny import ConvNet, Images, config, networks
@@ -19,13 +18,9 @@ from tiny import ConvNet, Images, config, networks
 from hf_kd import DistillationTrainer
 
 
-FILE = Path(__file__).parents[2] / "recipes" / "configs" / "accelerate" / "deepspeed_zero2.yaml"
-
-
 def launch_variables(*options):
     """What `accelerate launch` tells the processes of the launch file."""
-    arguments = ["--config_file", str(FILE), *options, "script.py"]
-    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    args, defaults, _ = read("deepspeed_zero2", *options)
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     _, variables = prepare_deepspeed_cmd_env(args)
     return {name: value for name, value in variables.items() if name.startswith("ACCELERATE_")}

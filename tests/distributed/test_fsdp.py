@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from launch_files import read
 from processes import run_processes
 from safetensors.torch import load_file
 from tiny import ConvNet, Images, config, networks, vit
@@ -27,14 +27,12 @@ from hf_kd.sharding import shard_teacher
 from hf_kd.student import load_student_weights
 
 
-FILE = Path(__file__).parents[2] / "recipes" / "configs" / "accelerate" / "fsdp2.yaml"
 TINY = {"channels": [8, 16, 16, 32], "stem_width": 8}
 
 
 def launch_variables(*options):
     """What `accelerate launch` tells the processes of the launch file."""
-    arguments = ["--config_file", str(FILE), *options, "script.py"]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    args, _, _ = read("fsdp2", *options)
     variables = prepare_multi_gpu_env(args)
     return {name: value for name, value in variables.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
 

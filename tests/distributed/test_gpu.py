@@ -14,21 +14,24 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from PIL import Image
+from launch_files import CONFIGS
 from tiny import ConvNet, Images, config, networks
 
-from hf_kd import DistillationTrainer, create_student, save_student
+from hf_kd import DistillationTrainer
 from hf_kd.checkpoints import last_complete
 
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "recipes" / "configs" / "accelerate"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    assert torch.cuda.is_available(), "pytest -m gpu needs a CUDA device, and torch sees none."
 
 
 def train(folder, data=None, student=None, **options):
@@ -123,21 +126,6 @@ def test_sigterm_and_going_on(tmp_path):
     torch.testing.assert_close(weights(trainer), reference, rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name, low in (("bright", 128), ("dark", 0)):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(8):
-                pixels = generator.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
-    torch.manual_seed(0)
-    save_student(create_student("test_resnet", num_classes=2, img_size=32), folder / "teacher")
-    return folder
-
-
 ENGINES = {
     "one_machine": DistributedType.MULTI_GPU,
     "fsdp2": DistributedType.FSDP,
@@ -146,12 +134,12 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_the_recipe_runs_under_every_engine(name, pictures, tmp_path):
+def test_the_recipe_runs_under_every_engine(name, bright_and_dark, small_teacher, tmp_path):
     arguments = {
-        "output_dir": tmp_path / "out", "train_dir": pictures / "train", "val_dir": pictures / "val",
-        "teacher": pictures / "teacher", "student": "test_resnet", "img_size": 32, "total_batch_size": 4,
-        "num_train_epochs": 2, "lr_milestones": 1, "dataloader_num_workers": 0, "save_strategy": "epoch",
-        "disable_tqdm": True,
+        "output_dir": tmp_path / "out", "train_dir": bright_and_dark / "train",
+        "val_dir": bright_and_dark / "val", "teacher": small_teacher, "student": "test_resnet", "img_size": 32,
+        "total_batch_size": 4, "num_train_epochs": 2, "lr_milestones": 1, "dataloader_num_workers": 0,
+        "save_strategy": "epoch", "disable_tqdm": True,
     }  # fmt: skip
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
     command += ["--num_processes", "1", str(ROOT / "recipes" / "imagenet_wttm.py")]

@@ -6,24 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from PIL import Image
+from launch_files import CONFIGS, read
 from processes import free_port, run_processes
 from safetensors.torch import load_file
 from tiny import config, networks
 
-from hf_kd import DistillationTrainer, create_student, save_student
+from hf_kd import DistillationTrainer
 from hf_kd.launch import check_launch, launched_processes, runs_on_cpus
 
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "imagenet_wttm.py"
-CONFIGS = ROOT / "recipes" / "configs" / "accelerate"
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SIZE = 32
 # No BatchNorm, whose statistics are those of one process's batch.
@@ -48,12 +45,6 @@ FILES = {
     "fsdp2": ("FSDP", 8, "bf16", "use_fsdp"),
     "deepspeed_zero2": ("DEEPSPEED", 8, "no", "use_deepspeed"),
 }
-
-
-def read(name, *options):
-    """What `accelerate launch` makes of a file."""
-    arguments = ["--config_file", str(CONFIGS / f"{name}.yaml"), *options, "script.py"]
-    return _validate_launch_command(launch_command_parser().parse_args(arguments))
 
 
 def test_every_file_is_known_here():
@@ -84,35 +75,14 @@ def test_several_machines_are_told_apart_on_the_command_line():
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Pictures of two classes, bright and dark: 16 to train on, 8 for evaluation."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for name, low in (("bright", 128), ("dark", 0)):
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(low, low + 128, (SIZE, SIZE, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("teacher")
-    save_student(create_student("test_resnet", num_classes=2, img_size=SIZE), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def launch(images, teacher):
+def launch(bright_and_dark, small_teacher):
     """Starts `accelerate launch` with the ImageNet recipe on these pictures; its result is `communicate`d."""
     running = []
 
     def start(output_dir, *options):
         arguments = {
-            "output_dir": output_dir, "train_dir": images / "train", "val_dir": images / "val", "teacher": teacher,
+            "output_dir": output_dir, "train_dir": bright_and_dark / "train",
+            "val_dir": bright_and_dark / "val", "teacher": small_teacher,
             "img_size": SIZE, "total_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.1,
             "lr_milestones": 1, "dataloader_num_workers": 0, "eval_strategy": "no", "save_strategy": "no",
             "teacher_preflight": False, "disable_tqdm": True, **STUDENT,

@@ -1,0 +1,18 @@
+"""Pieces of sentences that messages are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def some(values: Iterable[Any], most: int) -> str:
+    """The first ``most`` values with commas between them, and how many more there are."""
+    values = list(values)
+    rest = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(str, values[:most])) + rest
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
