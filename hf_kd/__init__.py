@@ -1,6 +1,7 @@
 """Knowledge distillation for classifiers: timm teachers, the transformers Trainer, WTTM first."""
 
 from .config import DistillationConfig
+from .hub import Publication, PublishingError, publish_student
 from .networks import Preprocessing
 from .student import create_student, save_student
 from .teacher import Teacher
@@ -12,8 +13,11 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "Preprocessing",
+    "Publication",
+    "PublishingError",
     "Teacher",
     "__version__",
     "create_student",
+    "publish_student",
     "save_student",
 ]

@@ -84,6 +84,8 @@ class DistillationConfig(TrainingArguments):
         teacher_fsdp (`bool`, *optional*, defaults to `False`):
             Whether to spread the teacher's weights over the processes (torch's fully_shard), for a teacher that does
             not fit on one device. By default every process has the whole teacher.
+        teacher_revision (`str`, *optional*):
+            Branch, tag or commit of a teacher from the Hub.
         teacher_weights_only (`bool`, *optional*, defaults to `True`):
             Whether `teacher_checkpoint` may hold nothing but tensors. `False` unpickles it, which runs whatever
             code is in it: for files that you wrote yourself.
@@ -122,6 +124,14 @@ class DistillationConfig(TrainingArguments):
             Probability that a batch is mixed.
         mixup_switch_prob (`float`, *optional*, defaults to `0.5`):
             Probability of CutMix rather than mixup when both are on.
+
+        > Parameters that control publishing
+
+        hub_license (`str`, *optional*):
+            Identifier of the student's licence, such as `"apache-2.0"`. Needed with `push_to_hub`, unless the training
+            data or the weights that the student started from have one.
+        hub_datasets (`list[str]`, *optional*):
+            Hub ids of the training data, for the student's card.
 
     NOTE: these defaults differ from TrainingArguments': `label_names` is `["labels"]` (was: found out from the model),
     `remove_unused_columns` is `False` (was `True`, which drops what the teacher needs), `logging_nan_inf_filter` is
@@ -179,6 +189,9 @@ class DistillationConfig(TrainingArguments):
     teacher_fsdp: bool = field(
         default=False, metadata={"help": "Spread the teacher's weights over the processes, if it does not fit on one."}
     )
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a teacher from the Hub."}
+    )
     teacher_weights_only: bool = field(
         default=True,
         metadata={"help": "False unpickles teacher_checkpoint, which runs the code in it: for your own files only."},
@@ -213,6 +226,18 @@ class DistillationConfig(TrainingArguments):
     mixup_prob: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed."})
     mixup_switch_prob: float = field(
         default=0.5, metadata={"help": "Probability of CutMix rather than mixup when both are on."}
+    )
+
+    # --- Publishing ---
+    hub_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Identifier of the student's licence, such as apache-2.0: needed to publish it, unless its "
+            "training data or starting weights have one."
+        },
+    )
+    hub_datasets: list[str] | None = field(
+        default=None, metadata={"help": "Hub ids of the training data, for the student's card."}
     )
 
     # --- TrainingArguments' own, without its None: it takes this name when none is given ---

@@ -20,11 +20,14 @@ import jinja2
 import torch
 import transformers
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from torch import nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.utils import logging
 
+from .card_edits import BEGIN, END, parse, refresh, with_edits_of, written_by_hand
+from .curves import CURVES
+from .files import atomic_write, write_text
 from .losses.logit import LOSSES
 from .networks import unwrap
 from .student import CONFIG, export_config
@@ -42,8 +45,6 @@ logger = logging.get_logger(__name__)
 README = "README.md"
 PROVENANCE = "distillation.json"
 """How a student came about, as the trainer writes it beside the weights."""
-BEGIN = "<!-- hf_kd:begin -->"
-END = "<!-- hf_kd:end -->"
 TEMPLATE = "student.md.jinja"
 
 Number = float | Sequence[float]
@@ -104,6 +105,10 @@ _HINTON = """\
 }"""
 _CITATIONS = {"kd": _HINTON, "ttm": _ZHENG_YANG, "wttm": _ZHENG_YANG}
 
+_CARD = "card"
+"""Where distillation.json keeps what the card was made of."""
+_FROM_CONFIG = ("library", "model_class", "takes_images", "label_names", "in_chans", "has_processor", "registered_by")
+
 _IMAGE_CLASS = "AutoModelForImageClassification"
 _TAGS = ("knowledge-distillation", "timm", "hf_kd")
 _MOST_LABELS = 30
@@ -119,7 +124,8 @@ class StudentCard:
         model_name: the card's title, and the model's name in the metadata of its results.
         license: licence identifier of the weights, as the Hub spells it (``"apache-2.0"``).
         dataset_license: the licence identifier of the training data, which the weights inherit if ``license`` is not
-            given. Without either the card says that there is none.
+            given; failing that, they inherit the one of the weights that the student started from. Without any the
+            card says that there is none.
         dataset: Hub ids of the training data. Of a local path only the last part is used, as a name.
         dataset_name: how the data are called in the text.
         dataset_split: the split that ``metrics`` are from, for the metadata.
@@ -132,6 +138,7 @@ class StudentCard:
         limits: what a user of the student must know, a sentence each.
         language, tags: for the metadata.
         base_model: Hub id of the published weights that the student started from, if it did.
+        benchmark_task: the task's name where the data set is a benchmark of the Hub, for the evaluation results.
         pipeline_tag: the Hub's task; image-classification by default for students that take images.
         repo_id: where the student is published; the code examples then load it from there.
         folder: name of the folder it is saved in, for the code examples; by default that which the card is saved to.
@@ -146,6 +153,8 @@ class StudentCard:
         label_names: of the classes.
         in_chans: channels of the images.
         has_processor: whether the folder says how its images are prepared.
+        registered_by: the module whose import registers the network with timm, if timm does not have it.
+        curves: path of the picture of the training's curves, beside the card.
 
     Raises:
         ValueError: for fractions outside [0, 1] (percentages).
@@ -168,6 +177,7 @@ class StudentCard:
     language: str | Sequence[str] | None = None
     tags: str | Sequence[str] | None = None
     base_model: str | None = None
+    benchmark_task: str = "default"
     pipeline_tag: str | Sequence[str] | None = None
     repo_id: str | None = None
 
@@ -185,6 +195,8 @@ class StudentCard:
     label_names: Sequence[str] | None = None
     in_chans: int = 3
     has_processor: bool = True
+    registered_by: str | None = None
+    curves: str | None = None
 
     def __post_init__(self) -> None:
         self.model_name = _public_name(self.model_name)
@@ -250,16 +262,25 @@ class StudentCard:
         return cls(**{**facts, "results": results, "limits": limits, **given})
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], **given: Any) -> StudentCard:
-        """The card of a student saved earlier, from its config.json and distillation.json; the rest is to be given."""
+    def from_folder(
+        cls, folder: str | os.PathLike[str], *, config_file: Path | None = None, **given: Any
+    ) -> StudentCard:
+        """The card of a student saved earlier: its config.json, and what distillation.json holds of its last card.
+
+        Args:
+            config_file: a configuration in place of the folder's.
+            given: fields of the class that only the user knows, or that are to be other than the last card's.
+        """
         folder = Path(folder)
-        read = {name: folder / name for name in (CONFIG, PROVENANCE)}
+        read = {CONFIG: config_file or folder / CONFIG, PROVENANCE: folder / PROVENANCE}
         content = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in read.items() if path.is_file()}
-        config = content.get(CONFIG)
-        facts: dict[str, Any] = {"folder": folder.resolve().name, "provenance": content.get(PROVENANCE, {})}
+        config, provenance = content.get(CONFIG), content.get(PROVENANCE, {})
+        facts: dict[str, Any] = {"folder": folder.resolve().name}
+        facts.update(provenance.pop(_CARD, {}), provenance=provenance)
+        facts["curves"] = CURVES if (folder / CURVES).is_file() else None
         if config is None:
             facts.update(library=None)
-        elif config.get("model_type") == "timm_wrapper":
+        elif "architecture" in config:
             facts.update(_facts_of_timm(config))
         else:
             (model_class,) = (config.get("architectures") or [None])[:1]
@@ -284,16 +305,17 @@ class StudentCard:
         tags = [tag for tag in tags if tag != "timm" or self.library == "timm"]
         if teacher and loss in LOSSES:
             tags.insert(1, loss)
-        results = self.eval_results
+        results, base_model = self.eval_results, self.base_model or self._started_from.get("id")
         return ModelCardData(
             language=_one_or_list(self.language),
-            license=self.license or self.dataset_license,
+            license=self._license,
             library_name=self.library,
             pipeline_tag=self._task if self.pipeline_tag or (self.library and self.takes_images) else None,
             tags=[*tags, *_lines(self.tags)],
             datasets=[name for name in _lines(self.dataset) if _is_hub_id(name)] or None,
             metrics=["accuracy"] if {"top1", "accuracy"} & self.metrics.keys() else None,
-            base_model=self.base_model if self.base_model and _is_hub_id(self.base_model) else None,
+            base_model=base_model if base_model and _is_hub_id(base_model) else None,
+            teacher_model=[name for name in self._teachers_on_hub() if name] or None,
             eval_results=results or None,
             model_name=self.model_name if results else None,
         )
@@ -323,6 +345,52 @@ class StudentCard:
                 )
         return found
 
+    def eval_result_files(self) -> dict[str, str]:
+        """The first metric in the Hub's newer form, a YAML file for each benchmark: its path, and its text.
+
+        It refers to a data set on the Hub, so there is none for other data.
+        """
+        key = next((key for key in _INDEXED if _numbers(self.metrics.get(key))), None)
+        files = {}
+        for name in _lines(self.dataset):
+            if key is None or "/" not in name or not _is_hub_id(name):
+                continue
+            _, factor, _ = _COLUMNS.get(key, ("", 1.0, ""))
+            notes = [_INDEXED[key][1] + (" in %" if factor == 100 else "")]
+            notes += [f"split {self.dataset_split}"] if self.dataset_split else []
+            dataset, _, revision = name.partition("@")
+            entry = EvalResultEntry(
+                dataset_id=dataset,
+                dataset_revision=revision or None,
+                task_id=self.benchmark_task,
+                value=round(factor * statistics.fmean(_numbers(self.metrics[key])), 4),
+                notes=", ".join(notes),
+            )
+            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+            files[f".eval_results/{dataset.replace('/', '__')}.yaml"] = text
+        return files
+
+    def known_license(self, existing: str | None = None) -> str | None:
+        """The licence that was given or is inherited, or else the one in an existing card."""
+        card = None if existing is None else parse(existing)
+        return self._license or (card.data.get("license") if card is not None else None)
+
+    @property
+    def _license(self) -> str | None:
+        return self.license or self.dataset_license or self._started_from.get("license")
+
+    @property
+    def _license_source(self) -> str | None:
+        """What the licence is inherited from, if it is."""
+        if self.license or not self._license:
+            return None
+        return "the data set" if self.dataset_license else "the weights that the student started from"
+
+    @property
+    def _started_from(self) -> Mapping[str, Any]:
+        """The published weights that the student started from, as its provenance tells."""
+        return (self.provenance.get("student") or {}).get("base_model") or {}
+
     @property
     def _task(self) -> str:
         default = "image-classification" if self.takes_images else "text-classification"
@@ -337,58 +405,73 @@ class StudentCard:
 
         In a card that is there already, what stands between the two hf_kd marks is replaced, and in the metadata the
         keys that this card has (a model-index it does not have goes, as one of an earlier run); all else is kept. A
-        README.md without the marks is somebody's own: it is left alone, and a warning says what to do.
+        README.md without the marks is somebody's own: it is left alone, and a warning says what to do. Where the
+        folder has a distillation.json, that remembers what the card was made of, for :meth:`from_folder`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / README
         card = self if self.folder else dataclasses.replace(self, folder=folder.resolve().name)
-        if not path.exists():
-            path.write_text(card.render(), encoding="utf-8")
-            return path
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            existing = file.read()
-        refreshed = card._refreshed(existing)
+        existing = None
+        if path.exists():
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                existing = file.read()
+        text = card.merged(existing, where=str(folder))
+        if text != existing:
+            with atomic_write(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+                file.write(text)
+        if (folder / PROVENANCE).is_file():
+            write_text(folder / PROVENANCE, json.dumps({**self.provenance, _CARD: self._facts()}, indent=2) + "\n")
+        return path
+
+    def merged(self, local: str | None, remote: str | None = None, *, where: str = "the folder") -> str:
+        """The card's text, with what was written by hand into an earlier one.
+
+        Args:
+            local: the card in the student's folder, if there is one.
+            remote: the one on the Hub. What is written by hand in both is taken from the folder.
+            where: how messages call the place of a card that cannot be renewed.
+        """
+        base, generated = local, self.metadata.to_dict().keys()
+        if remote is not None:
+            base, where = remote, "the repository"
+            by_hand = written_by_hand(local) if local else ""
+            if by_hand and written_by_hand(remote) not in ("", by_hand):
+                logger.warning(
+                    "The card was edited by hand on the Hub and in the folder: the folder's text is taken. The Hub's "
+                    "is in the repository's last commit before this one."
+                )
+            if local is not None:
+                base = with_edits_of(remote, local, {*generated, "license", "model-index"})
+        if base is None:
+            return self.render()
+        refreshed = self._refreshed(base)
         if refreshed is None:
             logger.warning(
                 "The README.md in %s is left as it is: it has no pair of marks %s and %s (or its metadata is no "
                 "YAML), so it was not written by hf_kd. Move it away to have a card written, or put the marks where "
                 "the card's text shall go.",
-                folder,
+                where,
                 BEGIN,
                 END,
             )
-        else:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                file.write(refreshed)
-        return path
+            return base
+        return refreshed
 
     def _refreshed(self, existing: str) -> str | None:
         """An existing card with the generated parts renewed, or None if it has no place for them."""
-        if existing.count(BEGIN) != 1 or existing.count(END) != 1 or existing.index(BEGIN) > existing.index(END):
-            return None
-        try:
-            old = ModelCard(existing, ignore_metadata_errors=True)
-        except (yaml.YAMLError, ValueError):
-            return None
         # A licence that someone wrote in by hand is one that was given.
-        known = self.license or self.dataset_license
-        data = cast(ModelCardData, old.data)
-        card = self if known else dataclasses.replace(self, license=data.license)
-        new = card.metadata
-        data.eval_results, data.model_name = new.eval_results, new.model_name
-        generated = {*_TAGS, *LOSSES}
-        tags = new.tags or []
-        by_hand = [tag for tag in _lines(data.tags) if tag not in generated and tag not in tags]
-        new.tags = [*tags, *by_hand]
-        for key, value in new.to_dict().items():
-            if key != "model-index":
-                data[key] = value
-        before, _, rest = old.text.partition(BEGIN)
-        after = rest.partition(END)[2]
-        body = card._body().strip()
-        old.text = before + (body.replace("\n", "\r\n") if "\r\n" in existing else body) + after
-        return str(old)
+        card = self if self._license else dataclasses.replace(self, license=self.known_license(existing))
+        return refresh(existing, card.metadata, card._body(), {*_TAGS, *LOSSES})
+
+    def _facts(self) -> dict[str, Any]:
+        """What distillation.json does not hold otherwise, and neither the folder nor the repository's name says."""
+        elsewhere = ("provenance", "folder", "repo_id", "model_name", "curves", *_FROM_CONFIG)
+        return {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in elsewhere and value not in (None, (), {}, [])
+        }
 
     # ---- The text --------------------------------------------------------------------------------------------------
 
@@ -427,8 +510,12 @@ class StudentCard:
             training=[(name, _cell(value)) for name, value in self._training().items()],
             environment=self._environment(),
             limits=self._limits(),
-            license=self.license or self.dataset_license,
-            license_inherited=not self.license,
+            license=self._license,
+            license_inherited=self._license_source,
+            registered_by=self.registered_by,
+            architecture_name=student.get("architecture"),
+            curves=self.curves,
+            base_model=self._base_model_link(),
             citation=_CITATIONS.get(str(loss)) if teacher else None,
         )
 
@@ -437,17 +524,31 @@ class StudentCard:
         if not teacher:
             return None
         names = [_public_name(name) for name in str(teacher["id"]).split(" + ")]
-        on_hub = [_is_hub_id(name) and "/" in name for name in names]
         links = [
-            f"[{name}](https://huggingface.co/{name.replace('@', '/tree/')})" if linked else f"`{name}`"
-            for name, linked in zip(names, on_hub, strict=True)
+            f"[{name}](https://huggingface.co/{on_hub.replace('@', '/tree/')})" if on_hub else f"`{name}`"
+            for name, on_hub in zip(names, self._teachers_on_hub(), strict=True)
         ]
-        top1 = teacher.get("top1")
+        top1, revision = teacher.get("top1"), teacher.get("revision")
         return {
             "text": " + ".join(links),
             "parameters": teacher.get("parameters"),
             "top1": None if top1 is None else f"{100 * top1:.2f}",
+            "revision": revision,
         }
+
+    def _teachers_on_hub(self) -> list[str | None]:
+        """The Hub ids of the teacher, or of an ensemble's members; None for one that is not there."""
+        teacher = self.provenance.get("teacher")
+        if not teacher:
+            return []
+        names = [_public_name(name) for name in str(teacher["id"]).split(" + ")]
+        known = str(teacher.get("hub_id") or " + " * (len(names) - 1)).split(" + ")
+        named = [name if _is_hub_id(name) and "/" in name else None for name in names]
+        return [on_hub or name for on_hub, name in zip(known, named, strict=True)]
+
+    def _base_model_link(self) -> str | None:
+        name = self.metadata.base_model
+        return f"[{name}](https://huggingface.co/{name})" if isinstance(name, str) else None
 
     def _objective(self, formula: str) -> str:
         terms = []
@@ -642,6 +743,7 @@ def _facts_of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
         "library": "timm",
         "label_names": _own_labels(config.get("label_names") or []),
         "in_chans": (config.get("pretrained_cfg") or {}).get("input_size", [3])[0],
+        "registered_by": config.get("registered_by"),
     }
 
 

@@ -100,6 +100,15 @@ def num_classes_of(network: Any) -> int | None:
     return None
 
 
+def hub_id_of(network: nn.Module) -> str | None:
+    """The repository on the Hub that a timm network's published weights are from, or None."""
+    cfg: Mapping[str, Any] = getattr(network, "pretrained_cfg", None) or {}
+    hub_id, tag = cfg.get("hf_hub_id"), cfg.get("tag")
+    if not hub_id:
+        return None
+    return f"{hub_id}{cfg.get('architecture')}{f'.{tag}' if tag else ''}" if hub_id.endswith("/") else hub_id
+
+
 # ---- Preprocessing -------------------------------------------------------------------------------------------------
 
 

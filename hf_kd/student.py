@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .files import atomic_write, write_text
-from .networks import check_sequence, fit_channels, misfits, num_classes_of, unknown_timm_name, unwrap
+from .networks import check_sequence, fit_channels, hub_id_of, misfits, num_classes_of, unknown_timm_name, unwrap
 
 
 logger = logging.get_logger(__name__)
@@ -51,7 +51,12 @@ class Student(TimmWrapperForImageClassification):
 
     ``student(pixel_values).logits`` is (B, num_classes); ``student.timm_model`` is timm's module. Its own
     ``save_pretrained`` writes a folder that timm and transformers both open.
+
+    Attributes:
+        started_from: "id" on the Hub and "license" of the published weights it started from, or None.
     """
+
+    started_from: dict[str, str | None] | None = None
 
     def save_pretrained(
         self,
@@ -64,7 +69,9 @@ class Student(TimmWrapperForImageClassification):
     ) -> None:
         """Write ``model.safetensors`` (timm's own keys) and ``config.json``; see :func:`save_student`."""
         if push_to_hub:
-            raise ValueError("save_pretrained writes a folder; publish it with huggingface_hub's upload_folder.")
+            raise ValueError(
+                "save_pretrained writes a folder: publish it with hf_kd.publish_student(folder, repo_id)."
+            )
         if is_main_process:
             save_student(self, save_directory, state_dict=state_dict)
 
@@ -158,7 +165,25 @@ def create_student(
         student = Student(config)
     student.timm_model = network
     student.timm_model.pretrained_cfg = {**network.pretrained_cfg, **kept_cfg}
+    if pretrained:
+        student.started_from = {"id": hub_id_of(network), "license": network.pretrained_cfg.get("license")}
     return student.train()
+
+
+def adopt_label_names(model: nn.Module, label_names: Sequence[str] | None) -> None:
+    """Give a network the names of its classes if it has none of its own, so that they are saved with it."""
+    network: Any = unwrap(model)
+    if not label_names or len(label_names) != num_classes_of(network) or len(set(label_names)) != len(label_names):
+        return
+    if isinstance(network, PreTrainedModel):
+        labels = cast("dict[int, str]", network.config.id2label or {})
+        if all(name == f"LABEL_{number}" for number, name in labels.items()):
+            network.config.id2label = dict(enumerate(map(str, label_names)))
+            network.config.label2id = {str(name): number for number, name in enumerate(label_names)}
+    elif getattr(network, "pretrained_cfg", None):
+        cfg = network.pretrained_cfg if isinstance(network.pretrained_cfg, dict) else network.pretrained_cfg.to_dict()
+        # Of published weights the names are those of other classes, unless there are as many.
+        network.pretrained_cfg = {"label_names": list(map(str, label_names)), **cfg}
 
 
 # ---- Saving and loading --------------------------------------------------------------------------------------------
@@ -289,6 +314,7 @@ def export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[s
         arguments = _arguments_of_bare(network, architecture)
         if arguments is None:
             return None
+        label_names = label_names or cfg.get("label_names")
     num_classes = num_classes_of(network)
     if num_classes is None:
         return None
@@ -297,7 +323,10 @@ def export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[s
     cfg = {key: cfg[key] for key in _KEPT_CFG if cfg.get(key) is not None}
     arguments.pop("num_classes", None)
     cfg = fit_channels(cfg, arguments.get("in_chans", 3))
+    module = timm.model_entrypoint(architecture).__module__
+    registered_by = {} if module.split(".")[0] == "timm" else {"registered_by": module}
     return {
+        **registered_by,
         "architecture": architecture,
         "architectures": ["TimmWrapperForImageClassification"],
         "model_type": "timm_wrapper",

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from .networks import (
     InputConverter,
     Preprocessing,
     Signature,
+    hub_id_of,
     logits_of,
     misfits,
     num_classes_of,
@@ -53,6 +55,7 @@ class Teacher(nn.Module):
         preprocessing: mean, std, size and interpolation that the network was trained with; by default what it
             declares.
         input_size: height and width (or one number for both) to resize its images to, in place of ``preprocessing``'s.
+        hub_id, revision: the repository on the Hub that it is from, and the commit.
 
     Raises:
         TypeError: if model is neither a module nor a callable.
@@ -67,6 +70,8 @@ class Teacher(nn.Module):
         class_map: ClassMap | None = None,
         preprocessing: Preprocessing | None = None,
         input_size: int | tuple[int, int] | None = None,
+        hub_id: str | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         if not callable(model):
@@ -76,6 +81,7 @@ class Teacher(nn.Module):
             )
         self.model = model
         self.name = name or _default_name(model)
+        self.hub_id, self.revision = hub_id, revision
         self.preprocessing = preprocessing or Preprocessing.of(model)
         if input_size is not None:
             self.preprocessing = _resized(self.preprocessing, input_size, self.name)
@@ -112,6 +118,7 @@ class Teacher(nn.Module):
         preprocessing: Preprocessing | None = None,
         input_size: int | tuple[int, int] | None = None,
         weights_only: bool = True,
+        revision: str | None = None,
         **options: Any,
     ) -> Teacher:
         """Load a teacher by name.
@@ -127,6 +134,8 @@ class Teacher(nn.Module):
             class_map, preprocessing, input_size: see :class:`Teacher`.
             weights_only: whether ``checkpoint`` may hold nothing but tensors. ``False`` unpickles a ``.pth``, which
                 runs whatever code is in it: for files that you wrote yourself.
+            revision: branch, tag or commit of a repository on the Hub. Which commit was loaded is kept as
+                ``teacher.revision``, and its repository as ``teacher.hub_id``.
             options: for ``timm.create_model``, such as ``in_chans``.
 
         Raises:
@@ -136,6 +145,13 @@ class Teacher(nn.Module):
         """
         name = str(name_or_path)
         path = Path(name).expanduser()
+        hub_id: str | None = None
+        if revision is not None:
+            if path.exists() or checkpoint is not None or "/" not in name:
+                raise ValueError(
+                    f"`revision` is for a teacher that is named by its repository on the Hub, not {name}."
+                )
+            name = f"{name.partition('@')[0]}@{revision}"
         if checkpoint is not None:
             source = f"local-dir:{path}" if path.is_dir() else name
             model = _fetch(name, lambda: _timm_model(source, num_classes=num_classes, **options))
@@ -152,14 +168,17 @@ class Teacher(nn.Module):
             model, preprocessing = _from_folder(path, preprocessing, options)
         elif name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
             model = _fetch(name, lambda: timm.create_model(name, pretrained=True, **options))
+            hub_id = None if name.startswith("local-dir:") else name.partition(":")[2]
         elif "/" in name or name.startswith("."):
             if name.startswith((".", "/", "~")) or name.count("/") > 1:
                 raise ValueError(
                     f"The teacher {name} does not exist: give a folder, a weights file or a model's name."
                 )
             model, preprocessing = _from_transformers(name, preprocessing, options)
+            hub_id = name
         else:
             model = _fetch(name, lambda: _timm_model(name, pretrained=True, **options))
+            hub_id = hub_id_of(model)
         found = num_classes_of(model)
         # timm drops a head of another size and goes on with a random one.
         trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
@@ -173,14 +192,19 @@ class Teacher(nn.Module):
                 f"The teacher {name} has {found} classes, not the {num_classes} asked for: give `class_map` to use "
                 "some of them, or a `checkpoint` that was trained on yours."
             )
-        return cls(model, name=name, class_map=class_map, preprocessing=preprocessing, input_size=input_size)
+        repository, _, asked = (hub_id or "").partition("@")
+        return cls(
+            model, name=name, class_map=class_map, preprocessing=preprocessing, input_size=input_size,
+            hub_id=repository or None, revision=_commit(repository, asked or "main") if repository else None,
+        )  # fmt: skip
 
     @classmethod
     def wrap(cls, teacher: Any, **options: Any) -> Teacher:
         """A teacher from whatever a trainer accepts: a name, path, module, callable, Teacher, or a list of these.
 
         A list becomes an :class:`Ensemble`. The options are those of :meth:`from_pretrained`; only names take
-        ``num_classes``, ``checkpoint`` and ``weights_only``, and a Teacher is built already and takes none.
+        ``num_classes``, ``checkpoint``, ``revision`` and ``weights_only``, and a Teacher is built already and takes
+        none.
         """
         options = {key: value for key, value in options.items() if value is not None}
         if isinstance(teacher, Teacher):
@@ -194,7 +218,7 @@ class Teacher(nn.Module):
             return cls.from_pretrained(teacher, **options)
         if isinstance(teacher, (list, tuple)):
             return Ensemble([cls.wrap(member, **options) for member in teacher])
-        for_names = sorted(options.keys() & {"num_classes", "checkpoint", "weights_only"})
+        for_names = sorted(options.keys() & {"num_classes", "checkpoint", "weights_only", "revision"})
         if for_names:
             raise ValueError(
                 f"{', '.join(for_names)} belong to a teacher given by name, not to a {type(teacher).__name__}: leave "
@@ -213,6 +237,11 @@ class Teacher(nn.Module):
     def is_module(self) -> bool:
         """Whether it is a network, rather than a callable about which nothing is known."""
         return isinstance(self.model, nn.Module)
+
+    @property
+    def declares_preprocessing(self) -> bool:
+        """Whether it says how its images are normalised."""
+        return self.preprocessing is not None
 
     def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
         """Prepare for a student's batches: check the class count and convert images from the student's preprocessing.
@@ -242,7 +271,8 @@ class Teacher(nn.Module):
             raise ValueError(
                 f"The teacher {self.name} wants images normalised by mean {self.preprocessing.mean} and std "
                 f"{self.preprocessing.std}, and the student does not say how its images are: build it with "
-                "create_student, or set its `pretrained_cfg` (mean, std, input_size)."
+                "create_student, or set its `pretrained_cfg` (mean, std, input_size), or give the trainer its image "
+                "processor as `processing_class`."
             )
         self.converter = InputConverter(preprocessing, self.preprocessing)
         if preprocessing.input_size[1:] != self.preprocessing.input_size[1:]:
@@ -350,13 +380,22 @@ class Ensemble(Teacher):
                 + ", ".join(f"{member.name}: {member.num_classes}" for member in members)
                 + "."
             )
-        super().__init__(nn.ModuleList(members), name=" + ".join(member.name for member in members))
+        super().__init__(
+            nn.ModuleList(members),
+            name=" + ".join(member.name for member in members),
+            hub_id=_of_all([member.hub_id for member in members]),
+            revision=_of_all([member.revision for member in members]),
+        )
         self.own_num_classes = next(iter(counts), None)
 
     @property
     def members(self) -> list[Teacher]:
         """The teachers, in order."""
         return list(cast("Iterable[Teacher]", self.model))
+
+    @property
+    def declares_preprocessing(self) -> bool:
+        return any(member.declares_preprocessing for member in self.members)
 
     def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
         for member in self.members:
@@ -369,6 +408,11 @@ class Ensemble(Teacher):
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
         log_probs = torch.stack([F.log_softmax(member(*args, **inputs), dim=-1) for member in self.members])
         return torch.logsumexp(log_probs, dim=0) - math.log(len(self.members))
+
+
+def _of_all(values: Sequence[str | None]) -> str | None:
+    """What an ensemble's members have, joined as their names are; None if none has it."""
+    return " + ".join(value or "" for value in values) if any(values) else None
 
 
 def _default_name(model: Any) -> str:
@@ -417,6 +461,15 @@ def _class_groups(class_map: ClassMap | None) -> list[list[int]] | None:
     return groups
 
 
+def _commit(repository: str, revision: str) -> str | None:
+    """The commit of a repository that has just been loaded, as the Hub's cache has it."""
+    for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        path = try_to_load_from_cache(repository, file, revision=revision)
+        if isinstance(path, str):
+            return Path(path).relative_to(Path(path.partition("snapshots")[0]) / "snapshots").parts[0]
+    return None
+
+
 def _timm_model(name: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
     options = {key: value for key, value in options.items() if value is not None}
     if not name.startswith(("local-dir:", "hf-hub:", "hf_hub:")):
@@ -450,10 +503,27 @@ def _fetch(name: str, load: Callable[[], Any]) -> Any:
 
 def _not_fetched(name: str, error: Exception) -> RuntimeError:
     reason = first_line(error)
+    module = _registered_by(name)
+    if module is not None:
+        return RuntimeError(
+            f"timm does not know the network of {name} ({reason}): `import {module}` registers it: do that first."
+        )
     hint = "Without a network, give a local folder, or a weights file as `checkpoint` (config: teacher_checkpoint)."
     if Path(name).expanduser().exists():
         hint = "The folder must be as timm, transformers or hf_kd saved it."
     return RuntimeError(f"The weights of {name} could not be loaded ({type(error).__name__}: {reason}). {hint}")
+
+
+def _registered_by(name: str) -> str | None:
+    """The module that registers the network of a folder or repository with timm, if it is missing."""
+    repository, _, revision = name.partition(":")[2].partition("@")
+    config: Any = Path(name.removeprefix("local-dir:")).expanduser() / "config.json"
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        config = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+    if not isinstance(config, (str, Path)) or not Path(config).is_file():
+        return None
+    values = json.loads(Path(config).read_text(encoding="utf-8"))
+    return None if timm.is_model(values.get("architecture", "")) else values.get("registered_by")
 
 
 def _from_folder(
@@ -490,13 +560,17 @@ def _is_timm_folder(path: Path) -> bool:
 def _from_transformers(
     name: str, preprocessing: Preprocessing | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Preprocessing | None]:
+    name, _, revision = name.partition("@") if not Path(name).exists() else (name, "", "")
     if options:
         raise ValueError(
             f"{', '.join(sorted(options))} are arguments of timm.create_model, and {name} is opened by transformers: "
             "leave them out."
         )
     model, loaded = _fetch(
-        name, lambda: AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
+        name,
+        lambda: AutoModelForImageClassification.from_pretrained(
+            name, revision=revision or "main", output_loading_info=True
+        ),
     )
     if loaded["missing_keys"]:
         raise ValueError(
@@ -506,7 +580,9 @@ def _from_transformers(
     preprocessing = preprocessing or Preprocessing.of(model)
     if preprocessing is None:
         try:
-            preprocessing = Preprocessing.from_image_processor(AutoImageProcessor.from_pretrained(name))
+            preprocessing = Preprocessing.from_image_processor(
+                AutoImageProcessor.from_pretrained(name, revision=revision or "main")
+            )
         except (OSError, ValueError) as error:
             logger.info("No image processor beside the teacher %s: %s", name, error)
     return model, preprocessing

@@ -39,9 +39,11 @@ from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, unwrap
 from .preflight import mean_power_sum, teacher_top1
-from .reliable_trainer import ReliableTrainer, changed
+from .publishing_trainer import PublishingTrainer
+from .reliable_trainer import changed
+from .repository import TRAINING_ARGS, public_arguments
 from .samples import count_samples, sample_mask, without_repeats
-from .student import WEIGHTS, load_student_weights, save_student
+from .student import WEIGHTS, adopt_label_names, load_student_weights, save_student
 from .teacher import Teacher
 from .version import __version__
 
@@ -49,7 +51,7 @@ from .version import __version__
 logger = get_logger(__name__)
 
 
-class DistillationTrainer(ReliableTrainer):
+class DistillationTrainer(PublishingTrainer):
     """A transformers Trainer whose loss also listens to a teacher.
 
     ``ce_weight · CE + beta · loss``, averaged over the samples of a whole optimiser step: over accumulated batches and
@@ -120,19 +122,25 @@ class DistillationTrainer(ReliableTrainer):
             )
         self.model_accepts_loss_kwargs = False
         student = unwrap(self.model)
+        adopt_label_names(student, _class_names(self.train_dataset, self._label_name))
         self._student_signature = Signature.of(student)
         self._meters = Meters(drop_nonfinite=self.args.on_nonfinite == "skip")
         self._logged_components: dict[str, float] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
         if self.teacher is not None:
-            self.teacher.match(self._student_classes, Preprocessing.of(student))
+            preprocessing = Preprocessing.of(student)
+            if preprocessing is None and self.teacher.declares_preprocessing:
+                # transformers keeps what its networks want in an object beside them.
+                preprocessing = Preprocessing.from_image_processor(self.processing_class)
+            self.teacher.match(self._student_classes, preprocessing)
             self.teacher.place(
                 self.args.device,
                 dtype=self.args.teacher_torch_dtype,
                 compile=self.args.teacher_compile,
                 sharded=self.args.teacher_fsdp,
             )
+        self.check_license()
 
     # ---- Set-up ----------------------------------------------------------------------------------------------------
 
@@ -157,6 +165,7 @@ class DistillationTrainer(ReliableTrainer):
             class_map=args.teacher_class_map,
             input_size=args.teacher_input_size,
             weights_only=None if args.teacher_weights_only else False,
+            revision=args.teacher_revision,
         )
 
     @staticmethod
@@ -532,6 +541,7 @@ class DistillationTrainer(ReliableTrainer):
         given = changed(self.args, hub_token=None, save_total_limit=self._save_total_limit)
         with given, atomic_write(folder / TRAINING_ARGS_NAME) as draft:
             torch.save(self.args, draft)
+            write_text(folder / TRAINING_ARGS, json.dumps(public_arguments(self.args), indent=2) + "\n")
         write_text(folder / PROVENANCE, json.dumps(self.provenance(), indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -559,25 +569,32 @@ class DistillationTrainer(ReliableTrainer):
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        **card: Any,
     ) -> None:
-        """Write the model card, README.md in the output folder, from the run; see :class:`StudentCard` for more.
+        """Write the model card, README.md in the output folder, from the run, with a picture of its curves.
 
-        The arguments are Trainer's: ``dataset_tags`` are Hub ids, ``dataset`` names for readers; ``finetuned_from`` is
-        the Hub id of published weights that the student started from. Nothing of them is guessed.
+        The named arguments are Trainer's: ``dataset_tags`` are Hub ids, ``dataset`` names for readers;
+        ``finetuned_from`` is the Hub id of published weights that the student started from. ``card`` are further
+        fields of :class:`hf_kd.model_card.StudentCard`. Nothing of them is guessed.
         """
         if self.is_world_process_zero():
-            StudentCard.from_trainer(
-                self,
-                language=language,
-                license=license,
-                tags=tags,
-                model_name=model_name,
-                base_model=finetuned_from,
-                pipeline_tag=tasks,
-                dataset=dataset_tags,
-                dataset_name=dataset,
-                dataset_config=dataset_args,
-            ).save(self.args.output_dir)
+            fields = {
+                "language": language,
+                "license": license,
+                "tags": tags,
+                "model_name": model_name,
+                "base_model": finetuned_from,
+                "pipeline_tag": tasks,
+                "dataset": dataset_tags,
+                "dataset_name": dataset,
+                "dataset_config": dataset_args,
+            }
+            self.write_card(Path(self.args.output_dir), **{**fields, **card})
+
+    def student_card(self, **given: Any) -> StudentCard:
+        given = {key: value for key, value in given.items() if value is not None}
+        defaults = {"license": self.args.hub_license, "dataset": self.args.hub_datasets}
+        return StudentCard.from_trainer(self, **{**defaults, **given})
 
     def _loss_name(self) -> str:
         """The loss as it is registered, or the name of what replaces it."""
@@ -595,6 +612,8 @@ class DistillationTrainer(ReliableTrainer):
         if args.uses_teacher:
             name = self.teacher.name if self.teacher is not None else type(self).__name__
             teacher = {"id": name, "top1": self.teacher_top1}
+            if self.teacher is not None and self.teacher.hub_id:
+                teacher.update(hub_id=self.teacher.hub_id, revision=self.teacher.revision)
         loss = self._loss_name()
         # A loss of the user's own need not listen to the configuration's gamma.
         named = loss in LOSSES
@@ -607,7 +626,9 @@ class DistillationTrainer(ReliableTrainer):
                 "architecture": architecture or type(student).__name__,
                 "num_classes": self._student_classes,
                 "parameters": sum(p.numel() for p in student.parameters()),
+                **({"base_model": student.started_from} if getattr(student, "started_from", None) else {}),
             },
+            "data": self._data_facts(),
             "loss": loss,
             "gamma": args.gamma if named else None,
             "temperature": args.temperature if named else None,
@@ -617,6 +638,7 @@ class DistillationTrainer(ReliableTrainer):
             "balance_lambda": args.balance_lambda if args.beta == "auto" else None,
             "ce_weight": args.ce_weight,
             "seed": args.seed,
+            "data_seed": args.data_seed,
             "processes": args.world_size,
             "global_step": self.state.global_step,
             "versions": {
@@ -629,8 +651,31 @@ class DistillationTrainer(ReliableTrainer):
             },
         }
 
+    def _data_facts(self) -> dict[str, Any]:
+        """The training data, as far as they say what they are: their size, and a Hub data set's name and revision."""
+        data = self.train_dataset
+        # Ours keep the data set that they read from.
+        source = data if hasattr(data, "info") else getattr(data, "dataset", None)
+        info = getattr(source, "info", None)
+        facts = {
+            "hub_ids": self.args.hub_datasets,
+            "name": getattr(info, "dataset_name", None),
+            "config": getattr(info, "config_name", None),
+            "split": str(split) if (split := getattr(source, "split", None)) is not None else None,
+            "fingerprint": getattr(source, "_fingerprint", None),
+            "train_samples": len(data) if has_length(data) else None,
+        }
+        return {key: value for key, value in facts.items() if value is not None}
+
 
 # ---- Helpers -------------------------------------------------------------------------------------------------------
+
+
+def _class_names(data: Any, label_name: str) -> list[str] | None:
+    """The classes' names, if a data set says them: as ``class_names``, or in the features of its labels."""
+    features = getattr(data, "features", None)
+    label = features.get(label_name) if isinstance(features, Mapping) else None
+    return getattr(data, "class_names", None) or getattr(label, "names", None)
 
 
 def _is_float(value: Any) -> bool:

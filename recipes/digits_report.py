@@ -15,6 +15,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
 
 from hf_kd import Teacher
+from hf_kd.curves import CURVES
 from hf_kd.data import DigitsDataset
 from hf_kd.model_card import StudentCard, describe_machine
 
@@ -214,6 +215,8 @@ def write(
     table = table_of(results)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     draw_curves(results, folder / "curves.png")
+    (student_folder / CURVES).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "curves.png", student_folder / CURVES)
     probabilities, labels, difference = reopen(student_folder, test)
     draw_digits(test, probabilities, labels, folder / "digits.png")
     write_card(results, name, training, student_folder)

@@ -126,7 +126,6 @@ class RecipeArguments:
             "per_device_train_batch_size and gradient_accumulation_steps follow from it; give one to set the other."
         },
     )
-    license: str | None = field(default=None, metadata={"help": "Licence of the student, for its card; not guessed."})
     paper_top1: float | None = field(
         default=None, metadata={"help": "The paper's top-1 for this row in %%, quoted in results.json as the paper's."}
     )
@@ -424,17 +423,20 @@ def collect_results(run: Run, trainer: DistillationTrainer, seconds: float) -> d
 def report(run: Run, trainer: DistillationTrainer, seconds: float) -> None:
     recipe = run.recipe
     results = collect_results(run, trainer, seconds)
-    trainer.save_model()
     trainer.save_state()
     folder_of_images = Path(recipe.train_dir).resolve() if recipe.train_dir else None
     if folder_of_images is not None and folder_of_images.name.startswith("train"):
         folder_of_images = folder_of_images.parent
-    trainer.create_model_card(
-        license=recipe.license,
-        dataset_tags=recipe.dataset_name,
-        dataset=folder_of_images.name if folder_of_images else None,
-        dataset_args=recipe.dataset_config,
-    )
+    card = {
+        "dataset_tags": recipe.dataset_name,
+        "dataset": folder_of_images.name if folder_of_images else None,
+        "dataset_args": recipe.dataset_config,
+    }
+    if run.config.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
     if not trainer.is_world_process_zero():
         return
     path = Path(run.config.output_dir) / "results.json"

@@ -12,7 +12,7 @@ from tiny import CLASSES, ConvNet, Images, config, networks, vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback, ViTForImageClassification
+from transformers import TrainerCallback, ViTForImageClassification, ViTImageProcessor
 
 import hf_kd
 from hf_kd import DistillationConfig, DistillationTrainer, Preprocessing, Teacher, create_student
@@ -872,6 +872,18 @@ def test_class_counts_that_differ_name_both(tmp_path):
     torch.testing.assert_close(
         mapped.compute_teacher_logits({"pixel_values": images}), mapped.teacher.model(images)[:, [6, 0, 2, 3, 4]]
     )
+
+
+def test_a_students_image_processor_says_how_its_images_are(tmp_path):
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.2] * 3, image_std=[0.1] * 3)
+    teacher = create_student("test_resnet", num_classes=5, img_size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    trainer = DistillationTrainer(
+        vit(), teacher, config(tmp_path), train_dataset=Images(size=32), processing_class=processor
+    )
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = teacher.eval()((images * 0.1 + 0.2 - 0.5) / 0.25).logits
+        torch.testing.assert_close(trainer.teacher(pixel_values=images), expected, rtol=0, atol=1e-5)
 
 
 def test_a_teacher_of_unknown_normalisation_is_refused(tmp_path):

@@ -146,7 +146,7 @@ def launched(images, teacher, tmp_path_factory):
                "--config", str(folder / "own.yaml"), "--train_dir", str(images / "train"), "--val_dir",
                str(images / "val"), "--teacher", str(teacher), "--beta", "3", "--img_size", str(SIZE),
                "--per_device_train_batch_size", "5", "--total_batch_size", "10", "--logging_steps", "1",
-               "--dataloader_num_workers", "1", "--teacher_metrics", "--license", "cc0-1.0", "--output_dir",
+               "--dataloader_num_workers", "1", "--teacher_metrics", "--hub_license", "cc0-1.0", "--output_dir",
                str(folder / "out"), "--use_cpu"]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, cwd=folder)
     return folder / "out", run
