@@ -466,7 +466,7 @@ class StudentCard:
 
     def _facts(self) -> dict[str, Any]:
         """What distillation.json does not hold otherwise, and neither the folder nor the repository's name says."""
-        elsewhere = ("provenance", "folder", "repo_id", "model_name", "curves", *_FROM_CONFIG)
+        elsewhere = ("provenance", "folder", "repo_id", "curves", *_FROM_CONFIG)
         return {
             key: value
             for key, value in dataclasses.asdict(self).items()
@@ -598,7 +598,15 @@ class StudentCard:
         return [part for part in (", ".join(versions), self.machine) if part]
 
     def _limits(self) -> list[str]:
-        return [limit.strip() for limit in _lines(self.limits)]
+        """What was given, and what holds for every classifier."""
+        limits = [limit.strip() for limit in _lines(self.limits)]
+        classes = (self.provenance.get("student") or {}).get("num_classes")
+        if classes:
+            what = "picture" if self.takes_images else "input"
+            limits.append(f"Whatever {what} it is given, it names one of its {classes:,} classes.")
+        if self.metrics:
+            limits.append("Nothing was measured on data of another kind than the results are from.")
+        return limits
 
     def _table(self) -> list[list[str]]:
         """Header and rows: these weights, then what was given, with the columns that anything has a value for."""

@@ -255,6 +255,7 @@ class HubServer:
         self._moved: dict[tuple[str, str], str] = {}
         self._uploads: dict[str, tuple[_Repo, str, int]] = {}
         self._faults: list[_Fault] = []
+        self._spoiled: dict[str, bytes] = {}
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -385,10 +386,15 @@ class HubServer:
         with self._lock:
             self._faults.append(fault)
 
+    def spoil(self, path: str, content: bytes) -> None:
+        """Store other content than was sent for a file of every commit."""
+        self._spoiled[path] = content
+
     def recover(self) -> None:
         """No more faults."""
         with self._lock:
             self._faults.clear()
+            self._spoiled.clear()
 
     # Requests.
 
@@ -700,6 +706,8 @@ class HubServer:
             extra["pullRequestUrl"] = f"{self.url}/{repo.page}/discussions/{number}"
         commit = repo.commit(ref, head, files, summary, call.login.name, header.get("description") or "")
         url = f"{self.url}/{repo.page}/commit/{commit.oid}"
+        for path in self._spoiled.keys() & commit.files.keys():
+            commit.files[path] = Blob(self._spoiled[path], commit.files[path].lfs)
         return {"success": True, "commitUrl": url, "commitOid": commit.oid, **extra}
 
     def _apply(

@@ -192,6 +192,20 @@ def test_a_name_alone_goes_to_the_user(hub, publish):
     assert f'"hf-hub:ada/{name}"' in hub.files(f"ada/{name}")["README.md"].decode()
 
 
+def test_what_arrives_otherwise_than_it_was_sent_is_told(hub, publish, repo_id):
+    hub.spoil("model.safetensors", b"x" * 100)
+    hub.spoil("config.json", b"{}")
+    kind, message = publish()["error"]
+    assert kind == "PublishingError"
+    assert message == (
+        f"What was published to {repo_id} as commit {hub.commits(repo_id)[0].oid} is not what was sent: config.json, "
+        "model.safetensors read back otherwise. Publish again."
+    )
+    hub.recover()
+    publish()
+    assert len(hub.files(repo_id)["model.safetensors"]) > 1_000_000
+
+
 def test_reading_back_finds_what_differs(publish, client, folder, repo_id):
     commit = publish()["result"]["commit"]
     job = {"folder": str(folder), "repo_id": repo_id, "commit": commit, "as_user": ADA}
@@ -453,12 +467,25 @@ def test_a_lost_answer_does_not_make_a_second_commit(publish, hub, repo_id):
     assert "refs/pr/2" not in hub.refs(repo_id)
 
 
-def test_a_commit_that_comes_between_is_not_lost(publish, hub, repo_id):
+def test_a_commit_that_comes_between_is_not_lost(publish, hub, repo_id, folder, client):
     publish()
     hub.fail("POST", COMMIT, status=412)
     publish(license="apache-2.0")
     assert ModelCard(hub.files(repo_id)["README.md"].decode()).data.license == "apache-2.0"
     assert len(commits(hub, repo_id)) == 2
+    # And in earnest: while the client waits to send its weights again, somebody edits the card.
+    (folder / "model.safetensors").write_bytes(hub.files(repo_id)["model.safetensors"] + b" " * 64)
+    hub.drop("PUT", "/lfs/", bytes_read=1000)
+    before = len(hub.requests)
+    client.start("publish", folder=str(folder), repo_id=repo_id, license="mit", as_user=ADA, waits=[0.01] * 4)
+    deadline = time.monotonic() + 60
+    while not any(r.method == "PUT" for r in hub.requests[before:]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    hub.seed(repo_id, {"README.md": edited(hub.files(repo_id)["README.md"].decode()).encode()})
+    assert client.result()["result"]["commit"] == hub.commits(repo_id)[0].oid
+    card = ModelCard(hub.files(repo_id)["README.md"].decode())
+    assert "Mine." in card.text
+    assert card.data.license == "mit"
 
 
 def test_a_push_that_is_killed_can_be_repeated(hub, folder, repo_id, tmp_path, publish):
@@ -552,9 +579,10 @@ def test_teachers_from_the_hub_are_pinned(hub, client, tmp_path, repo_id, publis
     newer = hub.commits(repo_id)[0].oid
     job = {"output_dir": str(tmp_path), "num_train_epochs": 1, "hub_model_id": f"{repo_id}-student", "as_user": ADA}
     for name, revision, loaded in (
+        # First, so that its commit can be in the cache only if that is what transformers loaded.
+        (repo_id, commit, commit),
         (f"hf-hub:{repo_id}", None, newer),
         (f"hf-hub:{repo_id}", commit, commit),
-        (repo_id, commit, commit),
         (f"hf-hub:{repo_id}@{commit}", None, commit),
     ):
         answer = client.call("train", teacher=name, teacher_revision=revision, card={"license": "mit"}, **job)[
