@@ -10,7 +10,7 @@ from .hub import Publication, PublishingError, publish_student
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status: 0, 1 if the Hub refused, 2 for a mistake in the arguments."""
+    """Run a command; its exit status: 0, 1 if the Hub refused, 2 for a mistake in the arguments, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser("hf-kd", description="Knowledge distillation with timm and transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_publish(commands)
@@ -20,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, PublishingError) as error:
         print(f"hf-kd {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print(f"hf-kd {args.command}: interrupted; the same command does it again.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,9 @@ class _Push:
     token: str | None = None
     overwrite: bool = False
     also_in: str | None = None
-    left_out: Sequence[str] = field(default_factory=list)
+    left_out: Sequence[str] = ()
+    made: str | None = None
+    """The commit, once it is made: only reading it back can fail then."""
 
     @property
     def branch(self) -> str:
@@ -278,7 +282,7 @@ def _attempt(push: _Push) -> Publication:
             repo_id, operations, commit_message=push.commit_message, revision=push.branch,
             parent_commit=head.sha, create_pr=push.create_pr,
         )  # fmt: skip
-    oid = str(commit.oid)
+    oid = push.made = str(commit.oid)
     differing = _differences(api, repo_id, oid, content)
     if differing:
         raise PublishingError(
@@ -402,10 +406,12 @@ def _is_passing(error: BaseException, push: _Push) -> bool:
 
 def _retry_after(error: BaseException) -> float:
     headers = getattr(getattr(error, "response", None), "headers", {})
-    try:
-        return float(headers.get("Retry-After", 0))
-    except ValueError:
-        return 0.0
+    value = headers.get("Retry-After", "0")
+    with contextlib.suppress(ValueError):
+        return float(value)
+    with contextlib.suppress(ValueError):
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    return 0.0
 
 
 def _reason(error: BaseException) -> str:
@@ -422,7 +428,7 @@ def _sentence(push: _Push, error: BaseException, attempts: int) -> str:
     status = _status(error)
     reason = _reason(error)
     advice = ""
-    if isinstance(error, (LocalTokenNotFoundError,)) or status == 401:
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
         advice = " Log in with `hf auth login`, or set HF_TOKEN to a token that is valid."
     elif isinstance(error, RevisionNotFoundError):
         advice = f" There is no branch {push.branch!r}."
@@ -433,9 +439,12 @@ def _sentence(push: _Push, error: BaseException, attempts: int) -> str:
         )
     elif attempts > 1:
         advice = f" It was tried {attempts} times."
-    return f"Nothing was published to {push.repo_id}: {reason}.{advice}"
+    what = f"Nothing was published to {push.repo_id}"
+    if push.made is not None:
+        what = f"Commit {push.made} was made in {push.repo_id}, but could not be read back"
+    return f"{what}: {reason}.{advice}"
 
 
 def command(folder: str | os.PathLike[str], repo_id: str) -> str:
     """The command that publishes a folder later."""
-    return f"hf-kd publish {folder} {repo_id}"
+    return shlex.join(["hf-kd", "publish", str(folder), repo_id])

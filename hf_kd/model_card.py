@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.resources
 import json
 import math
@@ -222,6 +223,7 @@ class StudentCard:
                 limits and tags are added to the run's. Metrics may have a prefix:
                 ``metrics=trainer.evaluate(test, metric_key_prefix="test")``.
         """
+        _check_fields(given)
         args, state, student = trainer.args, trainer.state, unwrap(trainer.model)
         provenance = trainer.provenance()
         settings = {key: str(value) for key, value in args.loss_arguments.items()}
@@ -271,6 +273,7 @@ class StudentCard:
             config_file: a configuration in place of the folder's.
             given: fields of the class that only the user knows, or that are to be other than the last card's.
         """
+        _check_fields(given)
         folder = Path(folder)
         read = {CONFIG: config_file or folder / CONFIG, PROVENANCE: folder / PROVENANCE}
         content = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in read.items() if path.is_file()}
@@ -632,6 +635,15 @@ class StudentCard:
         if self.seeds:
             runs += f" (seeds {', '.join(map(str, self.seeds))})"
         return f"mean ± sample standard deviation over {runs} where a spread is given"
+
+
+def _check_fields(given: Mapping[str, Any]) -> None:
+    """Refuse what a card has no place for, with the name that was probably meant."""
+    known = [field.name for field in dataclasses.fields(StudentCard)]
+    for name in given.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
+        raise TypeError(f"A student's card has no field {name!r}: {hint}")
 
 
 # ---- Facts of a run ------------------------------------------------------------------------------------------------

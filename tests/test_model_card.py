@@ -411,6 +411,13 @@ def test_an_evaluation_after_training_counts_if_there_was_none_at_its_end(tmp_pa
     assert "- Whatever picture it is given, it names one of its 4 classes.\n" in section(card.render(), "Limits")
 
 
+def test_a_field_that_a_card_does_not_have(run, tmp_path):
+    with pytest.raises(TypeError, match="has no field 'licence': did you mean 'license'?"):
+        StudentCard.from_trainer(run[0], licence="mit")
+    with pytest.raises(TypeError, match="has no field 'zzz': it has model_name, license"):
+        StudentCard.from_folder(tmp_path, zzz=1)
+
+
 def test_metrics_given_replace_those_of_the_log(tmp_path):
     trainer = train(tmp_path / "given")
     metrics = trainer.evaluate(Images(count=12, classes=4, size=32, seed=2), metric_key_prefix="test")

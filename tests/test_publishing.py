@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -435,12 +437,27 @@ def test_a_server_that_does_not_recover(publish, hub, repo_id, folder):
     assert [request.path for request in hub.requests[before:] if request.method == "PUT"] == []
 
 
-def test_a_server_that_asks_for_time_gets_it(publish, hub):
-    hub.fail("POST", COMMIT, status=429, headers={"Retry-After": "1"})
+def test_a_commit_that_cannot_be_read_back_is_not_called_nothing(publish, hub, repo_id):
+    hub.fail("POST", "/paths-info/", status=503, times=None)
+    kind, message = publish()["error"]
+    commit = hub.commits(repo_id)[0].oid
+    assert kind == "PublishingError"
+    assert message.startswith(
+        f"Commit {commit} was made in {repo_id}, but could not be read back: the Hub answered 503"
+    )
+    assert len(commits(hub, repo_id)) == 1
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_server_that_asks_for_time_gets_it(publish, hub, form):
+    after = (
+        "1" if form == "seconds" else format_datetime(datetime.now(timezone.utc) + timedelta(seconds=4), usegmt=True)
+    )
+    hub.fail("POST", COMMIT, status=429, headers={"Retry-After": after})
     start = time.monotonic()
     answer = publish()
     assert time.monotonic() - start > 1
-    assert "tried again in 1 s" in answer["log"][0]
+    assert f"tried again in {'1 s' if form == 'seconds' else ''}" in answer["log"][0]
     assert answer["result"]["commit"]
 
 
