@@ -182,8 +182,8 @@ def adopt_label_names(model: nn.Module, label_names: Sequence[str] | None) -> No
             network.config.label2id = {str(name): number for number, name in enumerate(label_names)}
     elif getattr(network, "pretrained_cfg", None):
         cfg = network.pretrained_cfg if isinstance(network.pretrained_cfg, dict) else network.pretrained_cfg.to_dict()
-        # Of published weights the names are those of other classes, unless there are as many.
-        network.pretrained_cfg = {"label_names": list(map(str, label_names)), **cfg}
+        if len(cfg.get("label_names") or ()) != len(label_names):
+            network.pretrained_cfg = {**cfg, "label_names": list(map(str, label_names))}
 
 
 # ---- Saving and loading --------------------------------------------------------------------------------------------
@@ -314,10 +314,13 @@ def export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[s
         arguments = _arguments_of_bare(network, architecture)
         if arguments is None:
             return None
-        label_names = label_names or cfg.get("label_names")
     num_classes = num_classes_of(network)
     if num_classes is None:
         return None
+    own_names = cfg.get("label_names") or ()
+    if label_names is None and len(own_names) == num_classes:
+        # Names of another length are those of the published weights that it was built from.
+        label_names = own_names
     if label_names is not None:
         check_sequence("label_names", label_names, num_classes)
     cfg = {key: cfg[key] for key in _KEPT_CFG if cfg.get(key) is not None}

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTForImageClassification,
@@ -25,7 +27,7 @@ from transformers.utils import logging
 
 from hf_kd import create_student
 from hf_kd.networks import Preprocessing
-from hf_kd.student import Student, load_student_weights, save_student
+from hf_kd.student import Student, adopt_label_names, load_student_weights, save_student
 
 
 NAMES = ["cat", "dog", "owl"]
@@ -475,3 +477,25 @@ def test_names_of_submodules_are_kept(tmp_path):
     load_student_weights(other, tmp_path)
     for key, value in network.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_label_names_of_the_data_are_taken_by_networks_that_have_none(tmp_path):
+    names = ["a", "b", "c"]
+    bare = timm.create_model("test_resnet", num_classes=3)
+    # As of weights that were published for other classes.
+    bare.pretrained_cfg = {**bare.pretrained_cfg, "label_names": ["one", "two"]}
+    native = ResNetForImageClassification(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=3))
+    for number, network in enumerate((bare, native, create_student("test_resnet", num_classes=3))):
+        adopt_label_names(network, names)
+        save_student(network, tmp_path / str(number))
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / str(number))
+        assert loaded.config.id2label == dict(enumerate(names))
+        adopt_label_names(network, ["x", "y", "z"])
+        adopt_label_names(network, ["a", "b"])
+        save_student(network, tmp_path / str(number))
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / str(number))
+        assert loaded.config.id2label == dict(enumerate(names))
+    other = create_student("test_resnet", num_classes=3)
+    for unfit in (None, [], ["a", "b"], ["a", "a", "b"]):
+        adopt_label_names(other, unfit)
+        assert other.config.id2label == {number: f"LABEL_{number}" for number in range(3)}
