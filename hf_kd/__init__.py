@@ -1,5 +1,6 @@
 """Knowledge distillation for classifiers: timm teachers, the transformers Trainer, WTTM first."""
 
+from . import models
 from .config import DistillationConfig
 from .hub import Publication, PublishingError, publish_student
 from .networks import Preprocessing
@@ -18,6 +19,7 @@ __all__ = [
     "Teacher",
     "__version__",
     "create_student",
+    "models",
     "publish_student",
     "save_student",
 ]
