@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from .launch import runs_on_cpus
 from .losses import functional
+from .losses.feature import FEATURE_LOSSES, build_feature_loss
 from .losses.logit import LOSSES, check_loss_name
 
 
@@ -125,6 +126,17 @@ class DistillationConfig(TrainingArguments):
         mixup_switch_prob (`float`, *optional*, defaults to `0.5`):
             Probability of CutMix rather than mixup when both are on.
 
+        > Parameters that control the loss on features
+
+        feature_loss (`str`, *optional*):
+            `"crd"`, `"itrd"` or `"vitkd"`: a loss between features of student and teacher, added to the others. With
+            `loss="ce"` it is the only one that the teacher is used for. It may have parameters, which are trained
+            with the student's, kept in checkpoints, and no part of the student.
+        feature_weight (`float`, *optional*, defaults to `1.0`):
+            Its weight, μ in the paper.
+        feature_loss_kwargs (`dict`, *optional*):
+            Its arguments, such as `student_features` and `teacher_features`, the names of the features.
+
         > Parameters that control publishing
 
         hub_license (`str`, *optional*):
@@ -228,6 +240,15 @@ class DistillationConfig(TrainingArguments):
         default=0.5, metadata={"help": "Probability of CutMix rather than mixup when both are on."}
     )
 
+    # --- Features ---
+    feature_loss: str | None = field(
+        default=None, metadata={"help": f"Loss on features, beside the one on logits: {', '.join(FEATURE_LOSSES)}."}
+    )
+    feature_weight: float = field(default=1.0, metadata={"help": "Weight of the feature loss (mu in the paper)."})
+    feature_loss_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the feature loss, as JSON."}
+    )
+
     # --- Publishing ---
     hub_license: str | None = field(
         default=None,
@@ -268,6 +289,10 @@ class DistillationConfig(TrainingArguments):
         self._check_ranges()
         self.teacher_class_map = self._from_json("teacher_class_map", "a list or an object", (list, tuple, dict))
         self.loss_kwargs = self._from_json("loss_kwargs", "an object", (dict,))
+        self.feature_loss_kwargs = self._from_json("feature_loss_kwargs", "an object", (dict,))
+        if self.feature_loss is not None:
+            # Now, and not when the trainer is made: it costs nothing.
+            build_feature_loss(self.feature_loss, **self.feature_loss_arguments)
         if "gamma" in self.loss_arguments:
             raise ValueError("`loss_kwargs` cannot hold gamma: give it as `gamma`, or as `temperature`.")
         if self.optim == OptimizerNames.SGD and not self.optim_args:
@@ -284,8 +309,18 @@ class DistillationConfig(TrainingArguments):
 
     @property
     def uses_teacher(self) -> bool:
-        """Whether the objective has a distillation term."""
+        """Whether the objective needs a teacher: for its logits, its features, or both."""
+        return self.uses_logits or self.feature_loss is not None
+
+    @property
+    def uses_logits(self) -> bool:
+        """Whether the objective has a distillation term on logits."""
         return self.loss != "ce" and self.beta != 0
+
+    @property
+    def feature_loss_arguments(self) -> dict[str, Any]:
+        """``feature_loss_kwargs``, read from JSON if it was text."""
+        return cast("dict[str, Any]", self.feature_loss_kwargs or {})
 
     @property
     def loss_arguments(self) -> dict[str, Any]:
@@ -346,6 +381,7 @@ class DistillationConfig(TrainingArguments):
                 f"There is nothing to train on: `ce_weight` is 0 and so is the distillation term (loss={self.loss!r}, "
                 f"beta={self.beta}). Give one of them a positive weight."
             )
+        self._check("feature_weight", "a number above 0", self.feature_weight > 0)
         self._check("balance_lambda", "in [0, 1)", 0 <= self.balance_lambda < 1)
         self._check("auto_beta_samples", "at least 1", self.auto_beta_samples >= 1)
         self._check("label_smoothing_factor", "in [0, 1)", 0 <= self.label_smoothing_factor < 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,7 @@ class FiniteGuard:
         batches: Sequence[Mapping[str, Any]],
         step: int,
         accelerator: Accelerator,
+        others: Iterable[nn.Parameter] = (),
     ) -> None:
         """Look at the norm of a step's gradient, before the update; by policy "skip" take a bad gradient away.
 
@@ -96,6 +97,7 @@ class FiniteGuard:
             model: whose gradients are taken away.
             batches: of the step, for the samples in the message.
             step: number of the step, from 1.
+            others: parameters outside of the model that the step updates as well.
             accelerator: its gradient scaler (fp16) skips bad steps itself, which :meth:`count_skipped` counts.
         """
         if accelerator.scaler is not None or norm is None:
@@ -121,7 +123,7 @@ class FiniteGuard:
         message = self._loss_of_step or _describe_gradient(model, step, None)
         self._loss_of_step = None
         # Optimisers pass over parameters without a gradient: no update, no weight decay, no momentum.
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *others):
             parameter.grad = None
         self.count_skipped(message)
 

@@ -129,6 +129,10 @@ class ReliableTrainer(Trainer):
     def _before_training(self, checkpoint: str | None) -> None:
         """What is to be done when the checkpoint to go on from, if any, is known."""
 
+    def _other_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are trained and are no part of the student."""
+        return []
+
     def _before_logging(self) -> None:
         """What all processes have to do together for a log."""
 
@@ -192,6 +196,9 @@ class ReliableTrainer(Trainer):
         """The batches of an optimiser step, and how many samples and labels, (2,), they have over all processes."""
         batches = [mark_padding(batch, self.accelerator) for batch in itertools.islice(epoch_iterator, num_batches)]
         self._step_batches = batches
+        # Trainer empties the student's gradients alone.
+        for parameter in self._other_parameters():
+            parameter.grad = None
         if not batches:
             return batches, None
         kind = (self._label_name, self._student_classes, self.args.device)
@@ -329,7 +336,9 @@ class ReliableTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._guard.watch_gradient(norm, model, self._step_batches, self.state.global_step + 1, self.accelerator)
+        step = self.state.global_step + 1
+        others = self._other_parameters()
+        self._guard.watch_gradient(norm, model, self._step_batches, step, self.accelerator, others)
         return norm
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

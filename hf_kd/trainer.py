@@ -31,9 +31,11 @@ from . import metrics
 from .config import DistillationConfig
 from .data.mixing import BatchMixer
 from .data.padding import SAMPLE_MASK, mark_padding
+from .feature_term import FeatureTerm
 from .files import atomic_write, write_text
 from .labels import is_soft, normalise_labels
 from .losses import Outputs, functional
+from .losses.feature import build_feature_loss
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
@@ -105,6 +107,7 @@ class DistillationTrainer(PublishingTrainer):
         self.check_place(args)
         self.teacher = self._build_teacher(teacher_model, args, model)
         self.distillation_loss = self._build_loss(args, distillation_loss)
+        self.features = self._build_features(args, model)
         self.beta: float | None = None if args.beta == "auto" else float(args.beta)
         self.teacher_top1: float | None = None
         self._default_metrics = (
@@ -183,6 +186,19 @@ class DistillationTrainer(PublishingTrainer):
             )
         return own if isinstance(own, LogitLoss) else CallableLoss(own)
 
+    def _build_features(self, args: DistillationConfig, student: nn.Module | None) -> FeatureTerm | None:
+        if args.feature_loss is None:
+            return None
+        if student is None:
+            raise ValueError("`feature_loss` needs the student, not a `model_init` that makes one: pass `model`.")
+        loss = build_feature_loss(args.feature_loss, **args.feature_loss_arguments)
+        if loss.needs_index and args.mixes:
+            raise ValueError(
+                f"The feature loss {args.feature_loss!r} remembers each sample, and mixed images are none of them: "
+                "leave out mixup_alpha and cutmix_alpha, or take another feature loss."
+            )
+        return FeatureTerm(loss, unwrap(student), self.teacher)
+
     # ---- What subclasses override ----------------------------------------------------------------------------------
 
     def compute_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -234,10 +250,11 @@ class DistillationTrainer(PublishingTrainer):
         if model.training:
             inputs = self._mixed(inputs)
         labels = inputs.get(self._label_name)
-        distils = self.args.uses_teacher
         # Teacher first: its activations are gone before the student's, which wait for the backward pass, are made.
-        teacher = Outputs(self.compute_teacher_logits(inputs)) if distils else None
-        student = self._student_outputs(model, inputs)
+        with self.features.watching_teacher() if self.features else contextlib.nullcontext():
+            teacher = Outputs(self.compute_teacher_logits(inputs)) if self.args.uses_teacher else None
+        with self.features.watching_student() if self.features else contextlib.nullcontext():
+            student = self._student_outputs(model, inputs)
         if teacher is not None and teacher.logits.shape != student.logits.shape:
             raise ValueError(
                 f"The teacher gave logits of shape {tuple(teacher.logits.shape)} and the student "
@@ -266,27 +283,25 @@ class DistillationTrainer(PublishingTrainer):
             step_labels = labelled if step_labels is None else step_labels
             terms["ce"] = self.args.ce_weight * processes * ce / step_labels.clamp_min(1)
             self._meters.add("ce", ce, labelled)
-        if teacher is not None:
+        if teacher is not None and self.args.uses_logits:
             if self.beta is None:
                 self.beta = self._measure_beta()
-            mean = self._distillation_mean(student, teacher, inputs, own_samples, mask)
+            parts = self.compute_distillation_loss(student, teacher, inputs)
+            parts = parts if isinstance(parts, dict) else {"distill": parts}
+            mean = self._means(parts, own_samples, mask)["distill"]
             terms["distill"] = self.beta * processes * mean * own_samples / step_samples
+        if self.features is not None:
+            parts = self.features(labels, inputs.get("index"))
+            mean = self._means(parts, own_samples, mask)["feature"]
+            terms["feature"] = self.args.feature_weight * processes * mean * own_samples / step_samples
         with torch.no_grad():
             self._meters.add_values("student_entropy", functional.entropy(student.log_probs), mask)
         loss = torch.stack(list(terms.values())).sum()
         self._guard.watch_loss(loss, terms, student, teacher, inputs, self.state.global_step + 1)
         return (loss, student.raw) if return_outputs else loss
 
-    def _distillation_mean(
-        self,
-        student: Outputs,
-        teacher: Outputs,
-        inputs: Mapping[str, Any],
-        own_samples: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        parts = self.compute_distillation_loss(student, teacher, inputs)
-        parts = parts if isinstance(parts, dict) else {"distill": parts}
+    def _means(self, parts: Mapping[str, Tensor], own_samples: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Means over the samples of what a loss gives, which are logged too."""
         means = {}
         for name, value in parts.items():
             if mask is not None and value.shape == mask.shape:
@@ -294,7 +309,7 @@ class DistillationTrainer(PublishingTrainer):
             else:
                 means[name] = value.mean()
             self._meters.add(name, means[name] * own_samples, own_samples)
-        return means["distill"]
+        return means
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
         args, kwargs = self._student_signature.select(self._with_usual_label_name(inputs))
@@ -355,8 +370,31 @@ class DistillationTrainer(PublishingTrainer):
         if self.args.uses_teacher:
             if self.args.teacher_preflight and self.teacher_top1 is None:
                 self._preflight()
-            if self.beta is None:
+            if self.beta is None and self.args.uses_logits:
                 self.beta = self._measure_beta()
+        if self.features is not None:
+            self._prepare_features(self.features, checkpoint)
+
+    def _prepare_features(self, features: FeatureTerm, checkpoint: str | None) -> None:
+        """Size the feature loss by the first batch; its parameters are then there for the optimiser."""
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not features.loss.built:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"`feature_loss` does not go with {engine}, which takes the student's modules and parameters apart: "
+                "use a launch configuration without it (DDP)."
+            )
+        with _keeping_random_state():
+            batch = next(self._batches(self.get_train_dataloader()))
+        labels = getattr(self.train_dataset, "labels", None)
+        features.build(
+            lambda: self._student_outputs(self.model, batch),
+            lambda: self.compute_teacher_logits(batch),
+            self.accelerator,
+            checkpoint=checkpoint,
+            num_samples=len(self.train_dataset) if has_length(self.train_dataset) else None,
+            sample_labels=labels,
+            seed=self.args.seed,
+        )
 
     def _restore_provenance(self, checkpoint: str) -> None:
         path = Path(checkpoint) / PROVENANCE
@@ -367,7 +405,10 @@ class DistillationTrainer(PublishingTrainer):
         if self.args.beta == "auto":
             self.beta = saved.get("beta")
         now = self.provenance()
-        compared = ("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes")
+        compared = (
+            *("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes"),
+            *("feature_loss", "feature_weight", "feature_loss_kwargs"),
+        )
         differences = [
             f"{key} was {saved[key]} and is {now[key]}" for key in compared if key in saved and saved[key] != now[key]
         ]
@@ -484,7 +525,7 @@ class DistillationTrainer(PublishingTrainer):
 
     def _before_logging(self) -> None:
         self._logged_components = self._meters.means(self.accelerator)
-        if self.args.uses_teacher and self.beta is not None:
+        if self.args.uses_logits and self.beta is not None:
             self._logged_components["beta"] = self.beta
         if self._guard.skipped:
             self._logged_components["skipped_steps"] = self._guard.skipped
@@ -506,6 +547,12 @@ class DistillationTrainer(PublishingTrainer):
         values = super().set_initial_training_values(args, dataloader)
         self._steps_per_epoch = values[1] if has_length(dataloader) else None
         return values
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.features is not None:
+            self.features.join(optimizer, self.args.weight_decay)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
         if not self.args.lr_milestones or self.lr_scheduler is not None:
@@ -543,6 +590,14 @@ class DistillationTrainer(PublishingTrainer):
             torch.save(self.args, draft)
             write_text(folder / TRAINING_ARGS, json.dumps(public_arguments(self.args), indent=2) + "\n")
         write_text(folder / PROVENANCE, json.dumps(self.provenance(), indent=2) + "\n")
+
+    def _other_parameters(self) -> list[nn.Parameter]:
+        return [] if self.features is None else self.features.parameters()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.features is not None and self.args.should_save:
+            self.features.save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not (Path(resume_from_checkpoint) / WEIGHTS).is_file():
@@ -598,7 +653,7 @@ class DistillationTrainer(PublishingTrainer):
 
     def _loss_name(self) -> str:
         """The loss as it is registered, or the name of what replaces it."""
-        if not self.args.uses_teacher:
+        if not self.args.uses_logits:
             return "ce"
         overriding = next(cls for cls in type(self).__mro__ if "compute_distillation_loss" in vars(cls))
         if overriding is not DistillationTrainer:
@@ -633,10 +688,13 @@ class DistillationTrainer(PublishingTrainer):
             "gamma": args.gamma if named else None,
             "temperature": args.temperature if named else None,
             "loss_kwargs": args.loss_kwargs if named else None,
-            "beta": self.beta if args.uses_teacher else None,
-            "beta_setting": args.beta if args.uses_teacher else None,
+            "beta": self.beta if args.uses_logits else None,
+            "beta_setting": args.beta if args.uses_logits else None,
             "balance_lambda": args.balance_lambda if args.beta == "auto" else None,
             "ce_weight": args.ce_weight,
+            "feature_loss": args.feature_loss,
+            "feature_weight": args.feature_weight if args.feature_loss else None,
+            "feature_loss_kwargs": args.feature_loss_kwargs,
             "seed": args.seed,
             "data_seed": args.data_seed,
             "processes": args.world_size,

@@ -1,5 +1,7 @@
-"""Distillation losses: pure functions of logits, and the same as modules that a configuration can name."""
+"""Distillation losses: pure functions of logits; modules of logits, and of features, that a configuration can name."""
 
+from .crd import CRD
+from .feature import FeatureLoss, build_feature_loss, register_feature_loss
 from .functional import (
     balanced_beta,
     kd_loss,
@@ -11,18 +13,26 @@ from .functional import (
     ttm_loss,
     wttm_loss,
 )
+from .itrd import ITRD
 from .logit import LogitLoss, Outputs, build_loss, register_loss
+from .vitkd import ViTKD
 
 
 __all__ = [
+    "CRD",
+    "ITRD",
+    "FeatureLoss",
     "LogitLoss",
     "Outputs",
+    "ViTKD",
     "balanced_beta",
+    "build_feature_loss",
     "build_loss",
     "kd_loss",
     "log_power_sum",
     "power_sum",
     "power_transform",
+    "register_feature_loss",
     "register_loss",
     "renyi_entropy",
     "shannon_entropy",

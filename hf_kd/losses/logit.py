@@ -9,7 +9,6 @@ Adding one: subclass :class:`LogitLoss` (or :class:`TransformedTeacherLoss` if i
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
+from .registry import check_name, construct, parameters_of
 
 
 @dataclass
@@ -79,12 +79,7 @@ def register_loss(name: str) -> Callable[[type[LogitLoss]], type[LogitLoss]]:
 
 def check_loss_name(name: str) -> str:
     """The name itself, or ValueError with the nearest one if no such loss exists ("ce" means no distillation term)."""
-    names = ["ce", *LOSSES]
-    if name not in names:
-        near = difflib.get_close_matches(str(name).lower(), names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown `loss` {name!r}; it must be one of {', '.join(names)}.{hint}")
-    return name
+    return check_name("loss", name, ["ce", *LOSSES])
 
 
 def build_loss(name: str, *, gamma: float | None = None, **kwargs: Any) -> LogitLoss:
@@ -96,25 +91,9 @@ def build_loss(name: str, *, gamma: float | None = None, **kwargs: Any) -> Logit
     if check_loss_name(name) == "ce":
         raise ValueError('"ce" is cross-entropy on the labels alone: it has no distillation term to build.')
     cls = LOSSES[name]
-    parameters = {
-        key: parameter
-        for key, parameter in inspect.signature(cls).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    if gamma is not None and "gamma" in parameters:
+    if gamma is not None and "gamma" in parameters_of(cls):
         kwargs.setdefault("gamma", gamma)
-    unknown = sorted(set(kwargs) - set(parameters))
-    if unknown:
-        raise ValueError(
-            f"The loss {name!r} takes {', '.join(parameters) or 'no arguments'}, not {', '.join(unknown)}: "
-            "correct `loss_kwargs`."
-        )
-    missing = [
-        key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in kwargs
-    ]
-    if missing:
-        raise ValueError(f"The loss {name!r} needs a value for {', '.join(missing)}, and none was given.")
-    return cls(**kwargs)
+    return construct(cls, f"loss {name!r}", "loss_kwargs", kwargs)
 
 
 class TransformedTeacherLoss(LogitLoss):
