@@ -45,10 +45,11 @@ class DistillationConfig(TrainingArguments):
         > Parameters that define the objective
 
         loss (`str`, *optional*, defaults to `"wttm"`):
-            The distillation loss: `"wttm"`, `"ttm"`, `"kd"`, or `"ce"` for training on the labels alone.
+            The distillation loss: `"wttm"`, `"ttm"`, `"kd"`, `"dkd"`, `"dist"`, `"nkd"`, or `"ce"` for training on
+            the labels alone. DKD and NKD need labels, whatever `ce_weight` is.
         gamma (`float`, *optional*):
             Exponent of the power transform of the teacher, in (0, 1]. By default 0.8 for TTM and WTTM (the paper's
-            value on ImageNet) and 0.25 for KD.
+            value on ImageNet), 0.25 for KD and DKD, 1 for DIST and NKD.
         temperature (`float`, *optional*):
             1/gamma: the other way to say it.
         beta (`float` or `"auto"`, *optional*, defaults to `1.0`):
@@ -61,7 +62,9 @@ class DistillationConfig(TrainingArguments):
         ce_weight (`float`, *optional*, defaults to `1.0`):
             Weight of cross-entropy. 0 trains without labels. KD's λ form is `ce_weight=1-λ, beta=λ`.
         loss_kwargs (`dict`, *optional*):
-            Further arguments of the loss.
+            Further arguments of the loss. DKD: `alpha`, `beta`, `warmup_epochs`. DIST: `beta`, `gamma`, `eps`. NKD:
+            `gamma`. What these losses call `beta` and `gamma` are weights inside the loss: neither the `beta` nor the
+            `gamma` above, which are the weight of the whole and 1/temperature. Their `temperature` may stand here too.
 
         > Parameters that control the teacher
 
@@ -156,7 +159,7 @@ class DistillationConfig(TrainingArguments):
     # --- The objective ---
     loss: str = field(
         default="wttm",
-        metadata={"help": "Distillation loss: wttm, ttm, kd, or ce for the labels alone."},
+        metadata={"help": "Distillation loss: wttm, ttm, kd, dkd, dist, nkd, or ce for the labels alone."},
     )
     gamma: float | None = field(
         default=None,
@@ -285,16 +288,14 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_loss_name(self.loss)
+        self.loss_kwargs = self._from_json("loss_kwargs", "an object", (dict,))
         self._resolve_gamma()
         self._check_ranges()
         self.teacher_class_map = self._from_json("teacher_class_map", "a list or an object", (list, tuple, dict))
-        self.loss_kwargs = self._from_json("loss_kwargs", "an object", (dict,))
         self.feature_loss_kwargs = self._from_json("feature_loss_kwargs", "an object", (dict,))
         if self.feature_loss is not None:
             # Now, and not when the trainer is made: it costs nothing.
             build_feature_loss(self.feature_loss, **self.feature_loss_arguments)
-        if "gamma" in self.loss_arguments:
-            raise ValueError("`loss_kwargs` cannot hold gamma: give it as `gamma`, or as `temperature`.")
         if self.optim == OptimizerNames.SGD and not self.optim_args:
             self.optim_args = f"momentum={self.momentum},nesterov={self.nesterov}"
         if runs_on_cpus() and not self.ddp_backend:
@@ -349,6 +350,17 @@ class DistillationConfig(TrainingArguments):
         return value
 
     def _resolve_gamma(self) -> None:
+        argument, given = getattr(LOSSES.get(self.loss), "gamma_argument", "gamma"), self.loss_arguments
+        if argument == "gamma" and "gamma" in given:
+            raise ValueError("`loss_kwargs` cannot hold gamma: give it as `gamma`, or as `temperature`.")
+        if argument == "temperature" and "temperature" in given:
+            # A loss has one temperature, wherever it is given: provenance and card show the configuration's.
+            if self.temperature not in (None, given["temperature"]):
+                raise ValueError(
+                    f"`temperature`={self.temperature} and the temperature {given['temperature']} in `loss_kwargs` "
+                    "contradict each other: give one of them."
+                )
+            self.temperature = given["temperature"]
         if self.gamma is not None:
             functional.check_gamma(self.gamma)
         if self.temperature is not None:

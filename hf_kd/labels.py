@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-
-IGNORE_INDEX = -100
-"""The label of a sample without a label."""
+from .losses.functional import IGNORE_INDEX
 
 
 def is_soft(labels: Tensor, classes: int | None) -> bool:

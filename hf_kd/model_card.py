@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import inspect
 import json
 import math
 import numbers
@@ -29,6 +30,7 @@ from transformers.utils import logging
 from .card_edits import BEGIN, END, parse, refresh, with_edits_of, written_by_hand
 from .curves import CURVES
 from .files import atomic_write, write_text
+from .losses.feature import FEATURE_LOSSES
 from .losses.logit import LOSSES
 from .networks import unwrap
 from .student import CONFIG, export_config
@@ -83,7 +85,24 @@ _OBJECTIVES = {
         "U · D(p_T ‖ q)",
         "p_T is p^γ normalised (temperature T = 1/γ), U = Σ p^γ, and D the Kullback-Leibler divergence",
     ),
+    "dkd": (
+        "T² · (a · D(b ‖ b') + c · D(p' ‖ q'))",
+        "at temperature T: b and b' are the teacher's and the student's (labelled class, all others), p' and q' their "
+        "distributions over the others, D the Kullback-Leibler divergence, and a and c the loss's own alpha and beta",
+    ),
+    "dist": (
+        "T² · (b · (1 - r) + c · (1 - s))",
+        "at temperature T: r is their Pearson correlation over the classes of a sample, averaged over the samples, s "
+        "the one over the samples for a class, averaged over the classes, and b and c the loss's own beta and gamma",
+    ),
+    "nkd": (
+        "(c · T² · H(p', q') - p_y · log q_y)",
+        "y is the labelled class, p' and q' are their distributions over the other classes at temperature T, H the "
+        "cross-entropy, and c the loss's own gamma",
+    ),
 }
+_PER_BATCH = ("dist",)
+"""Losses that have no value per sample."""
 
 _ZHENG_YANG = """\
 @inproceedings{zheng2024knowledge,
@@ -104,7 +123,45 @@ _HINTON = """\
   archivePrefix = {arXiv},
   url           = {https://arxiv.org/abs/1503.02531}
 }"""
-_CITATIONS = {"kd": _HINTON, "ttm": _ZHENG_YANG, "wttm": _ZHENG_YANG}
+_ZHAO = """\
+@inproceedings{zhao2022decoupled,
+  title         = {Decoupled Knowledge Distillation},
+  author        = {Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun},
+  booktitle     = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year          = {2022},
+  eprint        = {2203.08679},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2203.08679}
+}"""
+_HUANG = """\
+@inproceedings{huang2022knowledge,
+  title         = {Knowledge Distillation from A Stronger Teacher},
+  author        = {Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},
+  booktitle     = {Advances in Neural Information Processing Systems (NeurIPS)},
+  year          = {2022},
+  eprint        = {2205.10536},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2205.10536}
+}"""
+_YANG = """\
+@inproceedings{yang2023knowledge,
+  title         = {From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
+                   and Customized Soft Labels},
+  author        = {Yang, Zhendong and Zeng, Ailing and Li, Zhe and Zhang, Tianke and Yuan, Chun and Li, Yu},
+  booktitle     = {IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year          = {2023},
+  eprint        = {2303.13005},
+  archivePrefix = {arXiv},
+  url           = {https://arxiv.org/abs/2303.13005}
+}"""
+_CITATIONS = {
+    "kd": _HINTON,
+    "ttm": _ZHENG_YANG,
+    "wttm": _ZHENG_YANG,
+    "dkd": _ZHAO,
+    "dist": _HUANG,
+    "nkd": _YANG,
+}
 
 _CARD = "card"
 """Where distillation.json keeps what the card was made of."""
@@ -226,7 +283,7 @@ class StudentCard:
         _check_fields(given)
         args, state, student = trainer.args, trainer.state, unwrap(trainer.model)
         provenance = trainer.provenance()
-        settings = {key: str(value) for key, value in args.loss_arguments.items()}
+        settings = _loss_settings(trainer)
         if provenance["teacher"] and trainer.teacher is not None and trainer.teacher.is_module:
             provenance["teacher"]["parameters"] = sum(p.numel() for p in trainer.teacher.parameters())
         if teacher is not None:
@@ -308,6 +365,8 @@ class StudentCard:
         tags = [tag for tag in tags if tag != "timm" or self.library == "timm"]
         if teacher and loss in LOSSES:
             tags.insert(1, loss)
+        if self.provenance.get("feature_loss"):
+            tags.insert(1, self.provenance["feature_loss"])
         results, base_model = self.eval_results, self.base_model or self._started_from.get("id")
         return ModelCardData(
             language=_one_or_list(self.language),
@@ -465,7 +524,7 @@ class StudentCard:
         """An existing card with the generated parts renewed, or None if it has no place for them."""
         # A licence that someone wrote in by hand is one that was given.
         card = self if self._license else dataclasses.replace(self, license=self.known_license(existing))
-        return refresh(existing, card.metadata, card._body(), {*_TAGS, *LOSSES})
+        return refresh(existing, card.metadata, card._body(), {*_TAGS, *LOSSES, *FEATURE_LOSSES})
 
     def _facts(self) -> dict[str, Any]:
         """What distillation.json does not hold otherwise, and neither the folder nor the repository's name says."""
@@ -496,9 +555,10 @@ class StudentCard:
             trained=bool(provenance),
             labels=[_cell(name) for name in labels] if len(labels) <= _MOST_LABELS else [],
             teacher=teacher,
-            loss_title=_loss_title(loss),
+            loss_title=_loss_title(loss, provenance.get("feature_loss")),
             objective=self._objective(formula) if formula else None,
             loss_symbols=symbols,
+            objective_of="batch" if loss in _PER_BATCH else "sample",
             settings=list(self._settings().items()) if teacher else [],
             table=self._table(),
             evaluated_on=self.evaluated_on,
@@ -561,14 +621,22 @@ class StudentCard:
                 terms.append(
                     term if weight == 1 else f"{symbol if weight is None else format(weight, '.4g')} · {term}"
                 )
+        if self.provenance.get("feature_loss"):
+            weight = self.provenance["feature_weight"]
+            feature = self.provenance["feature_loss"].upper()
+            terms.append(feature if weight == 1 else f"{weight:.4g} · {feature}")
         return " + ".join(terms)
 
     def _settings(self) -> dict[str, str]:
         """The objective's numbers. A loss of the user's own need not listen to gamma, so it is not shown."""
         run = self.provenance
         lines = {}
-        if run.get("loss") in LOSSES and run.get("gamma") is not None:
-            lines["γ (gamma)"] = f"{run['gamma']:.4g}, which is temperature T = {run['temperature']:.4g}"
+        named = LOSSES.get(str(run.get("loss")))
+        if named is not None and run.get("gamma") is not None:
+            if named.gamma_argument == "gamma":
+                lines["γ (gamma)"] = f"{run['gamma']:.4g}, which is temperature T = {run['temperature']:.4g}"
+            else:
+                lines["T (temperature)"] = f"{run['temperature']:.4g}"
         if run.get("beta_setting") == "auto":
             measured = "not measured yet" if run.get("beta") is None else f"{run['beta']:.4g}, measured"
             lines["β (beta)"] = f'{measured} (`beta="auto"`: KD\'s balance at λ = {run["balance_lambda"]:g})'
@@ -577,6 +645,11 @@ class StudentCard:
         if run.get("ce_weight") is not None:
             weight = run["ce_weight"]
             lines["weight of the labels (ce_weight)"] = f"{weight:.4g}" if weight else "0: labels were not used"
+        if run.get("feature_loss"):
+            given = ", ".join(f"{key}={value}" for key, value in (run.get("feature_loss_kwargs") or {}).items())
+            lines[f"μ (feature_weight), of {run['feature_loss'].upper()} on features"] = (
+                f"{run['feature_weight']:.4g}" + (f" ({given})" if given else "")
+            )
         return {**lines, **self.settings}
 
     def _training(self) -> dict[str, str]:
@@ -860,7 +933,22 @@ def _is_hub_id(name: str) -> bool:
     return fits is not None and _public_name(name) == name and not os.path.exists(name)
 
 
-def _loss_title(loss: str | None) -> str:
+def _loss_settings(trainer: DistillationTrainer) -> dict[str, str]:
+    """A named loss's own arguments with their values, defaults included; without what the card says otherwise."""
+    arguments = trainer.args.loss_arguments
+    named = LOSSES.get(trainer.provenance()["loss"])
+    if named is None:
+        return {key: str(value) for key, value in arguments.items()}
+    return {
+        f"{key} of the loss": str(arguments.get(key, parameter.default))
+        for key, parameter in inspect.signature(named).parameters.items()
+        if key != named.gamma_argument and (key in arguments or parameter.default is not parameter.empty)
+    }
+
+
+def _loss_title(loss: str | None, feature_loss: str | None = None) -> str:
+    if feature_loss:
+        return f"{'CE' if loss == 'ce' else _loss_title(loss)} and {feature_loss.upper()}"
     if loss in LOSSES:
         return loss.upper()
     return "a loss of its own" if loss in (None, "custom") else f"the loss of `{loss}`"

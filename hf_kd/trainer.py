@@ -174,7 +174,9 @@ class DistillationTrainer(PublishingTrainer):
     @staticmethod
     def _build_loss(args: DistillationConfig, own: Callable[..., Any] | None) -> LogitLoss | None:
         if own is None:
-            return build_loss(args.loss, gamma=args.gamma, **args.loss_arguments) if args.loss != "ce" else None
+            if args.loss == "ce":
+                return None
+            return build_loss(args.loss, gamma=args.gamma, loss_kwargs=args.loss_arguments)
         if args.loss == "ce":
             raise ValueError('`distillation_loss` is given, and loss="ce" leaves it out: leave `loss` at its default.')
         if not callable(own):
@@ -221,7 +223,8 @@ class DistillationTrainer(PublishingTrainer):
 
         Args:
             student_outputs, teacher_outputs: ``.logits`` (B, K), and ``.log_probs``, computed once. The student's
-                ``.raw`` is what its forward returned.
+                ``.raw`` is what its forward returned, its ``.mask`` (B,) is False for repeats that fill up a batch
+                (their values are left out of the mean), or None.
             inputs: the batch, labels included (under ``args.label_names``).
 
         Returns:
@@ -249,6 +252,8 @@ class DistillationTrainer(PublishingTrainer):
         inputs = self._with_checked_labels(inputs)
         if model.training:
             inputs = self._mixed(inputs)
+            if self.distillation_loss is not None:
+                self.distillation_loss.set_epoch(self.state.epoch or 0.0)
         labels = inputs.get(self._label_name)
         # Teacher first: its activations are gone before the student's, which wait for the backward pass, are made.
         with self.features.watching_teacher() if self.features else contextlib.nullcontext():
@@ -265,7 +270,7 @@ class DistillationTrainer(PublishingTrainer):
         step_samples, step_labels = (own_samples, None) if num_items_in_batch is None else num_items_in_batch
         # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
         processes = 1 if num_items_in_batch is None else self._loss_scale
-        mask = sample_mask(inputs, student.logits.shape[:-1])
+        mask = student.mask = sample_mask(inputs, student.logits.shape[:-1])
 
         terms: dict[str, Tensor] = {}
         if self.args.ce_weight:
@@ -356,7 +361,8 @@ class DistillationTrainer(PublishingTrainer):
                 switch_prob=self.args.mixup_switch_prob,
                 num_classes=self._student_classes or 1,
             )
-        labels = inputs.get(self._label_name) if self.args.ce_weight else None
+        wanted = self.args.ce_weight or (self.distillation_loss is not None and self.distillation_loss.needs_labels)
+        labels = inputs.get(self._label_name) if wanted else None
         images, targets = self._mixer(inputs["pixel_values"], labels)
         mixed = {**inputs, "pixel_values": images}
         return mixed if targets is None else {**mixed, self._label_name: targets}

@@ -1227,6 +1227,27 @@ SETTINGS = [
         settings(loss_kwargs={"gamma": 0.5}),
     ),
     BadInput(
+        "two-temperatures",
+        "a temperature, and another one among the loss's further arguments",
+        ValueError,
+        ("`temperature`=4.0 and the temperature 2 in `loss_kwargs` contradict each other", "give one of them"),
+        settings(loss="dkd", temperature=4.0, loss_kwargs={"temperature": 2}),
+    ),
+    BadInput(
+        "labelled-loss-without-labels",
+        "a loss that needs labels, and data without any",
+        ValueError,
+        ("dkd needs the class of each sample, and the batch has no labels", "take a loss without labels"),
+        lambda tmp_path: train(tmp_path, data=Images(labels=False), loss="dkd", ce_weight=0),
+    ),
+    BadInput(
+        "one-class-loss-with-mixup",
+        "mixup with a loss that takes one class per sample",
+        ValueError,
+        ("dkd takes one class per sample, and the labels are probabilities", "train without mixup and CutMix"),
+        lambda tmp_path: train(tmp_path, loss="dkd", mixup_alpha=0.5),
+    ),
+    BadInput(
         "text-as-weight",
         "a text as the weight of cross-entropy",
         ValueError,

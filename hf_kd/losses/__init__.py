@@ -4,8 +4,11 @@ from .crd import CRD
 from .feature import FeatureLoss, build_feature_loss, register_feature_loss
 from .functional import (
     balanced_beta,
+    dist_loss,
+    dkd_loss,
     kd_loss,
     log_power_sum,
+    nkd_loss,
     power_sum,
     power_transform,
     renyi_entropy,
@@ -28,8 +31,11 @@ __all__ = [
     "balanced_beta",
     "build_feature_loss",
     "build_loss",
+    "dist_loss",
+    "dkd_loss",
     "kd_loss",
     "log_power_sum",
+    "nkd_loss",
     "power_sum",
     "power_transform",
     "register_feature_loss",

@@ -203,13 +203,13 @@ class CRD(FeatureLoss):
 
     def _draw(self, index: Tensor, generators: Any) -> Tensor:
         rows, device = len(index), index.device
-        luck = torch.empty(rows, 1, device=device)
+        luck = torch.empty(rows, 1, dtype=torch.long, device=device)
         by_key = self.negatives == "other_classes" and not self.repeats
         keys = torch.empty(rows, self.num_samples if by_key else 0, device=device)
         negatives = torch.empty(rows, self.nce_k, dtype=torch.long, device=device)
         # zip asks its first iterable first, and so takes no generator beyond the rows of this chunk.
         for row, generator in zip(range(rows), generators, strict=False):
-            luck[row].uniform_(generator=generator)
+            luck[row].random_(2**53, generator=generator)
             if by_key:
                 keys[row].uniform_(generator=generator)
             elif self.negatives == "all":
@@ -223,10 +223,7 @@ class CRD(FeatureLoss):
         positive = index[:, None]
         if self.mode == "relax":
             group = self.classes[positive]
-            size = self.class_sizes[group]
-            # A product that rounds up to the size would be the next class's first.
-            place = (luck * size).long().minimum(size - 1)
-            positive = self.by_class[self.first_of_class[group] + place]
+            positive = self.by_class[self.first_of_class[group] + luck % self.class_sizes[group]]
         return torch.cat([positive, negatives], dim=1)
 
     # ---- State -----------------------------------------------------------------------------------------------------
@@ -253,12 +250,16 @@ class CRD(FeatureLoss):
         return normalisers.log()
 
     def _remember(self, memory: Tensor, index: Tensor, new: Tensor) -> None:
-        # Of a sample that is there twice the last counts, and both write the same: in any order, on every process.
-        ordered, order = index.sort(stable=True)
-        last = order[torch.searchsorted(ordered, index, right=True) - 1]
         old = memory[index]
-        updated = F.normalize(self.nce_m * old + (1.0 - self.nce_m) * new[last])
+        # Rows of one sample write the same, in whatever order a device writes them: memories stay equal on all.
+        updated = F.normalize(self.nce_m * old + (1.0 - self.nce_m) * new[_last_rows(index)])
         memory[index] = torch.where(updated.isfinite().all(dim=1, keepdim=True), updated, old)
+
+
+def _last_rows(index: Tensor) -> Tensor:
+    """For each row of ``index`` (B,) the last row with the same value, (B,)."""
+    ordered, order = index.sort(stable=True)
+    return order[torch.searchsorted(ordered, index, right=True) - 1]
 
 
 def _scores(v: Tensor, memory: Tensor, contrast_index: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class FeatureLoss(nn.Module):
         generator = torch.Generator(device)
         for row in range(rows):
             # A generator's state is that of its device: seeds can be saved on one and used on another.
-            yield generator.manual_seed(_mixed(self.seed, self.calls, row))
+            yield generator.manual_seed(_mixed(self.seed, self.calls, self.rank * rows + row))
 
     def get_extra_state(self) -> Tensor:
         # As a tensor, which every file format holds.

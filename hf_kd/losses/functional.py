@@ -6,6 +6,8 @@ ICLR 2024 (arXiv 2402.11148), called "the paper" below. With teacher logits ``v`
     p = softmax(v)         q = softmax(z)         gamma = 1 / temperature
     p_T = softmax(gamma v) q_T = softmax(gamma z) U_gamma(p) = sum_k p_k ** gamma
 
+DKD, DIST and NKD are other papers' (named at each function), as their authors' code computes them.
+
 Conventions of every function here:
 
 - Logits have shape (..., K); each leading index is one sample, and K classes lie on the last dimension.
@@ -13,6 +15,8 @@ Conventions of every function here:
   logits up to 1e4 in size, and teacher logits of ``-inf`` (a class of probability zero), give finite, exact results.
 - Entropies and divergences are in nats.
 - The losses send no gradient to the teacher.
+- Where a loss needs labels, they are class indices of shape (...), and a sample labelled ``IGNORE_INDEX`` (-100) has
+  the value 0. It still counts as a sample in a mean, as it does in the trainer's.
 """
 
 import math
@@ -26,10 +30,17 @@ from torch.nn import functional as F
 
 Reduction = Literal["mean", "sum", "none"]
 
+IGNORE_INDEX = -100
+"""The label of a sample without a label."""
+
 __all__ = [
+    "IGNORE_INDEX",
     "balanced_beta",
+    "dist_loss",
+    "dkd_loss",
     "kd_loss",
     "log_power_sum",
+    "nkd_loss",
     "power_sum",
     "power_transform",
     "renyi_entropy",
@@ -108,6 +119,123 @@ def wttm_loss(
     student_logits, teacher_logits = check_logits(student_logits, teacher_logits)
     log_p, log_u = transformed_teacher(teacher_logits, gamma)
     return reduce(log_u.exp() * divergence(log_p, log_probabilities(student_logits)), reduction)
+
+
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Decoupled distillation: ``T² (alpha TCKD + beta NCKD)`` (Zhao et al., CVPR 2022, arXiv 2203.08679).
+
+    At temperature T on both sides, TCKD is the divergence between the two networks' (target class, all others), and
+    NCKD the one between their distributions over the other classes. With ``alpha = 1`` and each sample's
+    ``1 - p_T[target]`` in the place of beta it would be KD.
+
+    It equals the authors' code (megvii-research/mdistiller) but for two cases. The code removes the target by taking
+    1000 off its scaled logit, which is too little for one that is further above the others: here it is removed whole.
+    And a teacher that gives all others the probability 0 (logits of -inf) says nothing of them: NCKD is 0.
+
+    The code's training loop multiplies the loss by ``min(epoch / 20, 1)``, which is not in the paper's loss: see the
+    argument ``warmup_epochs`` of the loss named "dkd".
+
+    Args:
+        student_logits: (..., K), floating point, K at least 2.
+        teacher_logits: same shape.
+        labels: the target classes, (...), integers; where they are -100 the value is 0.
+        alpha, beta: weights of the two parts, at least 0.
+        temperature: ``T > 0``.
+        reduction: "mean" or "sum" over the samples, or "none" for one value per sample, of shape (...).
+
+    Raises:
+        ValueError: on unequal shapes, a single class, labels that are not one class per sample, weights or a
+            temperature out of range, or an unknown reduction.
+        TypeError: if the logits are not floating point.
+    """
+    check_weight("alpha", alpha)
+    check_weight("beta", beta)
+    tckd, nckd = decoupled(student_logits, teacher_logits, labels, temperature)
+    return reduce(alpha * tckd + beta * nckd, reduction)
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    eps: float = 1e-8,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """DIST: ``T² (beta inter + gamma intra)``, a scalar (Huang et al., NeurIPS 2022, arXiv 2205.10536).
+
+    With both networks' probabilities at temperature T, ``inter`` is 1 minus their Pearson correlation over the classes
+    of a sample, in the mean over samples; ``intra`` is 1 minus their correlation over the samples of the batch for one
+    class, in the mean over classes. So its value belongs to the batch, not to its samples: that of a batch is not the
+    mean of its parts', and a single sample has an intra of 1 and no gradient from it. ``gamma`` is a weight here.
+
+    The authors' code (hunto/DIST_KD) adds 1e-8 to the product of the two norms, and so does the default here: it pulls
+    the correlation towards 0 where probabilities vary little, as those of one class among many do. ``eps=0`` is the
+    paper's correlation, with 0 where a vector is constant.
+
+    Args:
+        student_logits: (..., K), floating point; all leading dimensions together are the batch.
+        teacher_logits: same shape.
+        beta, gamma: weights of inter and intra, at least 0.
+        temperature: ``T > 0``.
+        eps: added to the product of norms, at least 0.
+        mask: (...) bool, False for what is no sample (padding): it takes part in nothing.
+
+    Raises:
+        ValueError: on unequal shapes, or a weight, temperature or eps out of range.
+        TypeError: if the logits are not floating point, or the mask is not bool.
+    """
+    check_weight("beta", beta)
+    check_weight("gamma", gamma)
+    inter, intra = relations(student_logits, teacher_logits, temperature, eps, mask)
+    return beta * inter + gamma * intra
+
+
+def nkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Normalised distillation: ``-p_y log q_y + gamma T² H(p'_T, q'_T)`` (Yang et al., ICCV 2023, arXiv 2303.13005).
+
+    y is the target class; p' and q' are the distributions over the other classes, at temperature T. H is their
+    cross-entropy, not their divergence, so the loss of equal logits is not 0, and its gradient is that of the
+    divergence. The first part has no temperature. ``gamma`` is a weight here. A teacher that gives all others the
+    probability 0 says nothing of them: H is 0. The usual cross-entropy on the labels comes on top (the trainer's
+    ``ce_weight``), as in the authors' code (yzd-v/cls_KD).
+
+    Args:
+        student_logits: (..., K), floating point, K at least 2.
+        teacher_logits: same shape.
+        labels: the target classes, (...), integers; where they are -100 the value is 0. Or probabilities (..., K), as
+            mixup makes them, whose most probable class is the target, as in the authors' code.
+        gamma: weight of the other classes, at least 0.
+        temperature: ``T > 0``, of the other classes.
+        reduction: "mean" or "sum" over the samples, or "none" for one value per sample, of shape (...).
+
+    Raises:
+        ValueError: on unequal shapes, a single class, labels of neither form, a weight or temperature out of range, or
+            an unknown reduction.
+        TypeError: if the logits are not floating point.
+    """
+    check_weight("gamma", gamma)
+    target, others = normalised(student_logits, teacher_logits, labels, temperature)
+    return reduce(target + gamma * others, reduction)
 
 
 # ---- The paper's quantities ----------------------------------------------------------------------------------------
@@ -224,6 +352,141 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(dim=-1)
 
 
+def decoupled(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """DKD's two parts per sample, ``T² TCKD`` and ``T² NCKD``, (...)."""
+    gamma = 1.0 / check_positive("temperature", temperature)
+    student_logits, teacher_logits = check_logits(student_logits, teacher_logits)
+    target, labelled = check_targets("dkd", labels, student_logits)
+    # Where the teacher is silent on the others, both are uniform there: NCKD is 0.
+    log_q, log_q_others, log_p, log_p_others, _ = split(student_logits, teacher_logits, target, gamma)
+    tckd = divergence(log_p, log_q).masked_fill(~labelled, 0.0)
+    nckd = divergence(log_p_others, log_q_others).masked_fill(~labelled, 0.0)
+    return tckd / gamma**2, nckd / gamma**2
+
+
+def normalised(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    log_q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """NKD's two parts per sample, (...): ``-p_y log q_y`` and ``T² H(p'_T, q'_T)``.
+
+    ``log_q`` is ``log softmax(student_logits)`` where that is there already.
+    """
+    gamma = 1.0 / check_positive("temperature", temperature)
+    student_logits, teacher_logits = check_logits(student_logits, teacher_logits)
+    target, labelled = check_targets("nkd", labels, student_logits, soft=True)
+    _, log_q_others, _, log_p_others, silent = split(student_logits, teacher_logits, target, gamma)
+    p_y = log_probabilities(teacher_logits).gather(-1, target).exp().squeeze(-1)
+    log_q = log_probabilities(student_logits) if log_q is None else log_q
+    own = -weighted(p_y, log_q.gather(-1, target).squeeze(-1))
+    others = -weighted(log_p_others.exp(), log_q_others).sum(dim=-1) / gamma**2
+    return own.masked_fill(~labelled, 0.0), others.masked_fill(silent | ~labelled, 0.0)
+
+
+def split(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Both networks' distributions at temperature 1/gamma, split at the target class, as log-probabilities.
+
+    Args:
+        target: class indices, (..., 1).
+
+    Returns:
+        ``(log_q, log_q_others, log_p, log_p_others, silent)``: over (target, all others), (..., 2), and over the other
+        classes alone, (..., K) with -inf at the target. ``silent`` (...) tells where the teacher gives all others the
+        probability 0; there the last of each pair are uniform, in place of 0/0.
+    """
+    if student_logits.size(-1) < 2:
+        raise ValueError(
+            f"Logits of shape {tuple(student_logits.shape)} have one class, and this loss splits the target from the "
+            "other classes: give at least two classes."
+        )
+    is_target = torch.zeros_like(student_logits, dtype=torch.bool).scatter(-1, target, True)
+    silent = teacher_logits.masked_fill(is_target, -torch.inf).amax(dim=-1, keepdim=True) == -torch.inf
+    parts = []
+    for logits in (student_logits, teacher_logits):
+        logits = promote(logits)
+        others = torch.where(silent, torch.zeros_like(logits), logits).masked_fill(is_target, -torch.inf)
+        # As in kd_loss each is moved to 0 before scaling, the others by their own: next to a target that is far above
+        # them their differences would be rounded away.
+        log_all = F.log_softmax(gamma * (logits - logits.detach().amax(dim=-1, keepdim=True)), dim=-1)
+        top, index = others.detach().max(dim=-1, keepdim=True)
+        log_others = F.log_softmax(gamma * (others - top), dim=-1)
+        # log(1 - p_target) is the log-probability of any other class among all, less that among the others.
+        rest = log_all.gather(-1, index) - log_others.gather(-1, index)
+        parts += [torch.cat([log_all.gather(-1, target), rest], dim=-1), log_others]
+    log_q, log_q_others, log_p, log_p_others = parts
+    return log_q, log_q_others, log_p, log_p_others, silent.squeeze(-1)
+
+
+def relations(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, eps: float = 1e-8, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """DIST's two parts, ``T² inter`` and ``T² intra``, scalars; see :func:`dist_loss`."""
+    gamma = 1.0 / check_positive("temperature", temperature)
+    check_weight("eps", eps)
+    student_logits, teacher_logits = check_logits(student_logits, teacher_logits)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"`mask` must be bool, True for what is a sample, got {mask.dtype}.")
+    if mask is not None and mask.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"`mask` of shape {tuple(mask.shape)} does not go with logits of shape {tuple(student_logits.shape)}: "
+            "give one value per sample."
+        )
+    mask = None if mask is None else mask.reshape(-1)
+    log_probs = []
+    for logits in (student_logits, teacher_logits):
+        logits = promote(logits).reshape(-1, logits.size(-1))
+        if mask is not None:
+            # What is no sample may hold anything.
+            logits = logits.masked_fill(~mask[:, None], 0.0)
+        log_probs.append(F.log_softmax(gamma * (logits - logits.detach().amax(dim=-1, keepdim=True)), dim=-1))
+    log_q, log_p = log_probs
+    by_sample = correlation(log_q, log_p, eps)
+    by_sample = by_sample.mean() if mask is None else (by_sample * mask).sum() / mask.sum().clamp_min(1)
+    by_class = correlation(log_q.T, log_p.T, eps, mask).mean()
+    return (1.0 - by_sample) / gamma**2, (1.0 - by_class) / gamma**2
+
+
+def correlation(log_a: Tensor, log_b: Tensor, eps: float, mask: Tensor | None = None) -> Tensor:
+    """Pearson correlation of ``exp(log_a)`` and ``exp(log_b)`` along the last dimension, over what the mask marks.
+
+    eps is added to the product of norms. Without it the correlation of a constant vector is 0.
+    """
+    centred = []
+    for log_x in (log_a, log_b):
+        if mask is not None:
+            log_x = log_x.masked_fill(~mask, -torch.inf)
+        if not eps:
+            # The scale does not matter then, and at this one squares do not underflow.
+            top = log_x.detach().amax(dim=-1, keepdim=True)
+            log_x = log_x - top.masked_fill(top == -torch.inf, 0.0)
+        x = log_x.exp()
+        if mask is None:
+            centred.append(x - x.mean(dim=-1, keepdim=True))
+        else:
+            centred.append((x - x.sum(dim=-1, keepdim=True) / mask.sum().clamp_min(1)) * mask)
+    product = (centred[0] * centred[1]).sum(dim=-1)
+    norms = [torch.linalg.vector_norm(x, dim=-1) for x in centred]
+    if eps:
+        return product / (norms[0] * norms[1] + eps)
+    # Next to a largest entry of 1, this is what rounding leaves of a constant vector.
+    rounding = [8 * torch.finfo(x.dtype).eps * x.size(-1) ** 0.5 for x in centred]
+    constant = (norms[0] <= rounding[0]) | (norms[1] <= rounding[1])
+    scale = torch.where(constant, torch.ones_like(product), norms[0] * norms[1])
+    return (product / scale).masked_fill(constant, 0.0)
+
+
+def weighted(p: Tensor, log_q: Tensor) -> Tensor:
+    """``p log q``, elementwise; 0 where p is 0, whatever log q."""
+    return torch.where(p == 0, torch.zeros_like(p), p * log_q)
+
+
 def entropy(log_q: Tensor) -> Tensor:
     """Shannon entropy per sample, shape (...), from log-probabilities; classes with q = 0 contribute 0."""
     # 0 · log 0 is 0 here, and clamping keeps its gradient from being 0 · inf.
@@ -255,6 +518,48 @@ def check_positive(name: str, value: float) -> float:
     if not (isinstance(value, Real) and math.isfinite(value) and value > 0.0):
         raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
     return value
+
+
+def check_weight(name: str, value: float) -> float:
+    """value itself, or ValueError unless it is a finite number of at least 0."""
+    if not (isinstance(value, Real) and math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"`{name}` must be a number of at least 0, got {value!r}.")
+    return value
+
+
+def check_targets(loss: str, labels: Tensor | None, logits: Tensor, *, soft: bool = False) -> tuple[Tensor, Tensor]:
+    """Target classes (..., 1), 0 where there is none, and where there is one, (...) bool; or ValueError.
+
+    With ``soft``, probabilities (..., K) stand for their most probable class.
+    """
+    if labels is None:
+        raise ValueError(
+            f"{loss} needs the class of each sample, and the batch has no labels: add them, or take a loss without "
+            "labels (kd, ttm, wttm, dist)."
+        )
+    if labels.is_floating_point() and labels.shape == logits.shape:
+        if not soft:
+            raise ValueError(
+                f"{loss} takes one class per sample, and the labels are probabilities of shape {tuple(labels.shape)}: "
+                "train without mixup and CutMix, or take a loss that goes with them (kd, ttm, wttm, dist, nkd)."
+            )
+        labels = labels.argmax(dim=-1)
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} and type {labels.dtype} do not go with logits of shape "
+            f"{tuple(logits.shape)}: give {loss} one integer class per sample, of shape {tuple(logits.shape[:-1])}."
+        )
+    labelled = labels != IGNORE_INDEX
+    labels = labels.long().masked_fill(~labelled, 0)
+    # Looking at the values would stall an accelerator, whose gather refuses them itself, and break a compiled graph.
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels < 0) | (labels >= logits.size(-1))]
+        if len(wrong):
+            raise ValueError(
+                f"The label {wrong[0].item()} is out of range for {logits.size(-1)} classes: labels must be 0 to "
+                f"{logits.size(-1) - 1}, or {IGNORE_INDEX} for a sample without a label."
+            )
+    return labels.unsqueeze(-1), labelled
 
 
 def check_floating(name: str, logits: Tensor) -> Tensor:

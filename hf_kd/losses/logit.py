@@ -10,10 +10,11 @@ Adding one: subclass :class:`LogitLoss` (or :class:`TransformedTeacherLoss` if i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,14 @@ class Outputs:
     Attributes:
         logits: (..., K) as the network gave them (fp32 or fp64).
         raw: the network's own return value, for hidden states and the like; None for a teacher.
+        mask: (...) bool, False for what is no sample: padding, and the repeats that fill up the last batch of several
+            processes. None if all are. A value per sample is masked by the trainer; only a loss that compares samples
+            with one another needs to look.
     """
 
     logits: Tensor
     raw: Any = None
+    mask: Tensor | None = None
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -51,8 +56,19 @@ class LogitLoss(nn.Module):
     needs_labels: bool = False
     """Whether ``labels`` must be given."""
 
+    gamma_argument: Literal["gamma", "temperature"] = "gamma"
+    """The argument by which the loss takes the configuration's gamma, if it has that argument: ``gamma``, or
+    ``temperature`` as 1/gamma. The latter is for a loss that calls something else ``gamma`` (a weight, say), which is
+    then given in ``loss_kwargs``."""
+
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} must define forward(student, teacher, labels).")
+
+    def set_epoch(self, epoch: float) -> None:
+        """Hear how many epochs of training are done, 0 at first: the trainer says so before each batch.
+
+        Does nothing here; it is for a loss that changes over training.
+        """
 
     def balanced_beta(self, lam: float, mean_power_sum: float) -> float:
         """The weight at which this loss keeps KD's balance with the labels at λ; the meaning of ``beta="auto"``."""
@@ -82,8 +98,16 @@ def check_loss_name(name: str) -> str:
     return check_name("loss", name, ["ce", *LOSSES])
 
 
-def build_loss(name: str, *, gamma: float | None = None, **kwargs: Any) -> LogitLoss:
-    """The loss registered as ``name``; gamma is passed to the losses that have one.
+def build_loss(
+    name: str, *, gamma: float | None = None, loss_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+) -> LogitLoss:
+    """The loss registered as ``name``.
+
+    Args:
+        gamma: the configuration's 1/temperature; it reaches the losses that have one, as their
+            :attr:`LogitLoss.gamma_argument`, unless they are given that argument themselves.
+        loss_kwargs: the loss's own arguments; ``gamma`` here is whatever the loss calls so.
+        kwargs: the same, written out.
 
     Raises:
         ValueError: for an unknown name, an argument the loss does not take or lacks, or a value out of range.
@@ -91,8 +115,9 @@ def build_loss(name: str, *, gamma: float | None = None, **kwargs: Any) -> Logit
     if check_loss_name(name) == "ce":
         raise ValueError('"ce" is cross-entropy on the labels alone: it has no distillation term to build.')
     cls = LOSSES[name]
-    if gamma is not None and "gamma" in parameters_of(cls):
-        kwargs.setdefault("gamma", gamma)
+    kwargs = {**(loss_kwargs or {}), **kwargs}
+    if gamma is not None and cls.gamma_argument in parameters_of(cls):
+        kwargs.setdefault(cls.gamma_argument, gamma if cls.gamma_argument == "gamma" else 1.0 / gamma)
     return construct(cls, f"loss {name!r}", "loss_kwargs", kwargs)
 
 
@@ -162,6 +187,128 @@ class WTTM(TransformedTeacherLoss):
 
     def balanced_beta(self, lam: float, mean_power_sum: float) -> float:
         return functional.balanced_beta(lam, 1.0 / self.gamma, mean_power_sum)
+
+
+@register_loss("dkd")
+class DKD(LogitLoss):
+    """``T² (alpha TCKD + beta NCKD)``; see :func:`hf_kd.losses.dkd_loss`.
+
+    Logs both parts, with their T² and without weights and warm-up.
+
+    Args:
+        alpha, beta: weights of the two parts, at least 0; the configuration's ``beta`` comes on top.
+        temperature: ``T > 0``; the configuration's, if it gives one.
+        warmup_epochs: over how many epochs the loss grows to its full size: in epoch e, counted from 1, it is
+            multiplied by ``min(e / warmup_epochs, 1)``. The authors' CIFAR-100 recipes have 20, their loss in the
+            paper has none (0). Without a trainer, say the epoch with :meth:`set_epoch`.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    needs_labels = True
+    gamma_argument = "temperature"
+    default_gamma = 0.25
+
+    def __init__(
+        self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, warmup_epochs: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.alpha = functional.check_weight("alpha", alpha)
+        self.beta = functional.check_weight("beta", beta)
+        self.temperature = functional.check_positive("temperature", temperature)
+        self.warmup_epochs = functional.check_weight("warmup_epochs", warmup_epochs)
+        self.warmup = 1.0
+        self.set_epoch(0.0)
+
+    def set_epoch(self, epoch: float) -> None:
+        """Set ``warmup``, the factor for the epoch that is under way after ``epoch`` epochs (3.5 is the fourth)."""
+        # The trainer's epoch is a sum of fractions: 2.9999999 is the start of the fourth.
+        current = math.floor(epoch + 1e-6) + 1
+        self.warmup = min(current / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+
+    def extra_repr(self) -> str:
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, warmup_epochs={self.warmup_epochs}"
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
+        tckd, nckd = functional.decoupled(student.logits, teacher.logits, labels, self.temperature)
+        return {"distill": self.warmup * (self.alpha * tckd + self.beta * nckd), "tckd": tckd, "nckd": nckd}
+
+
+@register_loss("dist")
+class DIST(LogitLoss):
+    """``T² (beta inter + gamma intra)``; see :func:`hf_kd.losses.dist_loss`.
+
+    Logs both parts, with their T² and without weights.
+
+    The value is one number for a batch, over the samples that the student's ``mask`` marks (no padding, no repeats).
+    It is what this process has of one batch: correlations do not reach over accumulated batches or over processes,
+    whose values are averaged, weighted by their numbers of samples. So 8 x 1 and 2 x 4 (batch x steps) differ here, as
+    in the authors' code, and batches of one sample leave nothing of ``intra``.
+
+    Args:
+        beta, gamma: weights of inter and intra, at least 0; the configuration's ``beta`` comes on top, its gamma is
+            1/temperature and not this one.
+        temperature: ``T > 0``; the configuration's, if it gives one.
+        eps: 1e-8 as in the authors' code, or 0 for the paper's correlation.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    gamma_argument = "temperature"
+    default_gamma = 1.0
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.beta = functional.check_weight("beta", beta)
+        self.gamma = functional.check_weight("gamma", gamma)
+        self.temperature = functional.check_positive("temperature", temperature)
+        self.eps = functional.check_weight("eps", eps)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}, eps={self.eps}"
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
+        inter, intra = functional.relations(
+            student.logits, teacher.logits, self.temperature, self.eps, mask=student.mask
+        )
+        return {"distill": self.beta * inter + self.gamma * intra, "inter": inter, "intra": intra}
+
+
+@register_loss("nkd")
+class NKD(LogitLoss):
+    """``-p_y log q_y + gamma T² H(p'_T, q'_T)``; see :func:`hf_kd.losses.nkd_loss`.
+
+    Logs both parts, the second with its T² and without gamma.
+
+    Args:
+        gamma: weight of the other classes, at least 0; the configuration's gamma is 1/temperature and not this one.
+        temperature: ``T > 0``, of the other classes; the configuration's, if it gives one.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    needs_labels = True
+    gamma_argument = "temperature"
+    default_gamma = 1.0
+
+    def __init__(self, gamma: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.gamma = functional.check_weight("gamma", gamma)
+        self.temperature = functional.check_positive("temperature", temperature)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, temperature={self.temperature}"
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
+        target, others = functional.normalised(
+            student.logits, teacher.logits, labels, self.temperature, student.log_probs
+        )
+        return {"distill": target + self.gamma * others, "target": target, "non_target": others}
 
 
 class CallableLoss(LogitLoss):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_kd.losses import CRD, ITRD, FeatureLoss, ViTKD, build_feature_loss, register_feature_loss
-from hf_kd.losses.crd import _scores
+from hf_kd.losses.crd import _last_rows, _scores
 from hf_kd.losses.feature import FEATURE_LOSSES, check_feature_loss_name
 
 
@@ -351,6 +351,7 @@ def test_memories_begin_as_published_and_differ():
 
 def test_of_a_sample_that_is_there_twice_the_last_counts():
     student, teacher = random(3, 6), random(3, 7, seed=1)
+    assert _last_rows(torch.tensor([5, 2, 5, 0, 2])).tolist() == [2, 4, 2, 3, 4]
     twice, once = crd(), crd()
     call(twice, student, teacher, index=torch.tensor([5, 2, 5]))
     call(once, student[1:], teacher[1:], index=torch.tensor([2, 5]))
