@@ -37,7 +37,7 @@ class InvertedResidual(nn.Module):
             *_conv_norm(wide, wide, 3, stride=stride, groups=wide),
             *_conv_norm(wide, out_chans)[:-1],
         )
-        self.join = Add() if in_chans == out_chans else None
+        self.join = Add() if stride == 1 and in_chans == out_chans else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) if self.join is None else self.join(self.conv(x), x)
