@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .hub import Publication, PublishingError, publish_student
+from .text import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, PublishingError) as error:
-        print(f"hf-kd {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"hf-kd {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print(f"hf-kd {args.command}: interrupted; the same command does it again.", file=sys.stderr)

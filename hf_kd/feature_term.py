@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ from .features import FeatureTaker
 from .files import atomic_write
 from .losses.feature import FeatureLoss
 from .teacher import Ensemble, Teacher
+from .text import one_line
 
 
 STATE = "feature_loss.pt"
@@ -25,6 +25,9 @@ STATE = "feature_loss.pt"
 
 class FeatureTerm:
     """Takes the features of two networks as they run, and gives the loss between them.
+
+    Each network runs inside of its taker, ``with term.of_student:`` and ``with term.of_teacher:``; calling the term
+    then gives the loss.
 
     Args:
         loss: not built yet.
@@ -47,8 +50,8 @@ class FeatureTerm:
         self.loss = loss
         self._module: nn.Module = loss
         self._student = student
-        self._of_student = FeatureTaker(student, loss.student_features)
-        self._of_teacher = FeatureTaker(cast(nn.Module, teacher.model), loss.teacher_features, detach=True)
+        self.of_student = FeatureTaker(student, loss.student_features)
+        self.of_teacher = FeatureTaker(cast(nn.Module, teacher.model), loss.teacher_features, detach=True)
 
     # ---- Before training -------------------------------------------------------------------------------------------
 
@@ -71,7 +74,7 @@ class FeatureTerm:
             ValueError: if the checkpoint has no state of such a loss.
         """
         if not self.loss.built:
-            self.loss.build(self._of_student.shapes(run_student), self._of_teacher.shapes(run_teacher), **options)
+            self.loss.build(self.of_student.shapes(run_student), self.of_teacher.shapes(run_teacher), **options)
         # An fp64 student trains in fp64 throughout.
         double = next(self._student.parameters()).dtype == torch.float64
         self.loss.to(accelerator.device, torch.float64 if double else None)
@@ -95,19 +98,9 @@ class FeatureTerm:
 
     # ---- In a step -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def watching_teacher(self) -> Iterator[None]:
-        with self._of_teacher:
-            yield
-
-    @contextmanager
-    def watching_student(self) -> Iterator[None]:
-        with self._of_student:
-            yield
-
     def __call__(self, labels: Tensor | None, index: Tensor | None) -> dict[str, Tensor]:
         """The loss between the features of the last runs: "feature" (per sample, or a mean), and statistics."""
-        return self._module(self._of_student.take(), self._of_teacher.take(), labels, index)
+        return self._module(self.of_student.take(), self.of_teacher.take(), labels, index)
 
     # ---- Checkpoints -----------------------------------------------------------------------------------------------
 
@@ -127,6 +120,6 @@ class FeatureTerm:
             self.loss.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(
-                f"{path} is not the state of this {name} ({' '.join(str(error).split())}): go on with the feature "
+                f"{path} is not the state of this {name} ({one_line(error)}): go on with the feature "
                 "loss, the networks and the data that the run began with."
             ) from error

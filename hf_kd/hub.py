@@ -19,7 +19,6 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -42,7 +41,7 @@ from .repository import (
     without_paths,
 )
 from .student import save_student
-from .text import first_line, some
+from .text import first_line, one_line, some
 
 
 logger = logging.get_logger(__name__)
@@ -50,6 +49,9 @@ logger = logging.get_logger(__name__)
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the attempts of a push; a server's Retry-After is waited for instead, up to ``LONGEST_WAIT``."""
 LONGEST_WAIT = 300.0
+
+_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+"""Packages whose errors mean that there was no answer."""
 
 
 class PublishingError(RuntimeError):
@@ -84,9 +86,10 @@ class _Push:
     """The arguments of one push, checked."""
 
     repo_id: str
-    folder: Path
     files: Mapping[str, Path]
     card: StudentCard
+    local_card: str | None
+    """The text of the folder's README.md, if there is one."""
     private: bool | None = None
     revision: str | None = None
     create_pr: bool = False
@@ -108,8 +111,7 @@ class _Push:
         for name in (PROVENANCE, CONFIG):
             if name in content:
                 content[name] = _public_json(self.files[name], whole=name == PROVENANCE)
-        local = self.files[README].read_text(encoding="utf-8-sig") if README in self.files else None
-        content[README] = self.card.merged(local, remote_card).encode()
+        content[README] = self.card.merged(self.local_card, remote_card).encode()
         for name, text in self.card.eval_result_files().items():
             content.setdefault(name, text.encode())
         if self.also_in is not None:
@@ -174,34 +176,30 @@ def publish_student(
             )  # fmt: skip
     if label_names is not None:
         raise ValueError("`label_names` are for a network; a saved student has its own in config.json.")
-    folder_of_student = Path(student)
-    check_folder(folder_of_student)
+    check_folder(student)
     with tempfile.TemporaryDirectory() as mended:
-        files, left_out = files_of(folder_of_student)
-        if mend_wrapped(folder_of_student, mended):
+        files, left_out = files_of(student)
+        if mend_wrapped(student, mended):
             files.update(files_of(mended)[0])
+        local_card = files[README].read_text(encoding="utf-8-sig") if README in files else None
+        given = {"license": license, **card}
         push = _Push(
-            repo_id, folder_of_student, files,
-            _card(folder_of_student, files, repo_id, license, card),
+            repo_id, files, _card(Path(student), files.get(CONFIG), repo_id, local_card, given), local_card,
             private=private, revision=revision, create_pr=create_pr, commit_message=commit_message, token=token,
             overwrite=overwrite, also_in=also_in, left_out=left_out,
         )  # fmt: skip
-        content = push.content()
-        if dry_run:
-            return _publication(push, repo_id, content)
-        return _send(push)
+        return _publication(push, repo_id, push.content()) if dry_run else _send(push)
 
 
 def _card(
-    folder: Path, files: Mapping[str, Path], repo_id: str, license: str | None, given: Mapping[str, Any]
+    folder: Path, config_file: Path | None, repo_id: str, local_card: str | None, given: Mapping[str, Any]
 ) -> StudentCard:
     """The card of the folder, with a licence from somewhere."""
     card = StudentCard.from_folder(
-        folder, config_file=files.get(CONFIG), repo_id=repo_id, model_name=repo_id.rpartition("/")[2],
-        **{key: value for key, value in {"license": license, **given}.items() if value is not None},
+        folder, config_file=config_file, repo_id=repo_id, model_name=repo_id.rpartition("/")[2],
+        **{key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
-    text = files[README].read_text(encoding="utf-8-sig") if README in files else None
-    if not card.known_license(text):
+    if not card.known_license(local_card):
         raise ValueError(
             "The student has no licence, and none can be inherited from its training data or starting weights: give "
             'its identifier, such as license="apache-2.0" (config: hub_license; hf-kd publish --license).'
@@ -216,29 +214,28 @@ def make_repository(repo_id: str, *, token: str | None = None, private: bool | N
         ValueError: for a name that the Hub does not allow.
         PublishingError: if it cannot be made.
     """
-    push = _Push(_checked_id(repo_id), Path(), {}, StudentCard(), private=private, token=token)
-    _check_reachable(push)
+    _check_reachable(_checked_id(repo_id), token)
     try:
         return HfApi(token=token, library_name="hf_kd").create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as error:
-        raise PublishingError(_sentence(push, _cause(error), 1)) from error
+        raise PublishingError(_sentence(repo_id, _cause(error))) from error
 
 
 # ---- The push ------------------------------------------------------------------------------------------------------
 
 
-def _check_reachable(push: _Push) -> None:
+def _check_reachable(repo_id: str, token: str | None) -> None:
     if huggingface_hub.constants.is_offline_mode():
-        raise PublishingError(f"Nothing was published to {push.repo_id}: HF_HUB_OFFLINE is set.")
-    if push.token is None and get_token() is None:
+        raise PublishingError(f"Nothing was published to {repo_id}: HF_HUB_OFFLINE is set.")
+    if token is None and get_token() is None:
         raise PublishingError(
-            f"Nothing was published to {push.repo_id}: there is no token for the Hub. Log in with `hf auth login`, or "
+            f"Nothing was published to {repo_id}: there is no token for the Hub. Log in with `hf auth login`, or "
             "set HF_TOKEN."
         )
 
 
 def _send(push: _Push) -> Publication:
-    _check_reachable(push)
+    _check_reachable(push.repo_id, push.token)
     waits = iter(WAITS)
     attempts = 0
     while True:
@@ -251,7 +248,8 @@ def _send(push: _Push) -> Publication:
             cause = _cause(error)
             wait = next(waits, None) if _is_passing(cause, push) else None
             if wait is None:
-                raise PublishingError(_sentence(push, cause, attempts)) from error
+                sentence = _sentence(push.repo_id, cause, attempts=attempts, branch=push.branch, made=push.made)
+                raise PublishingError(sentence) from error
             wait = min(max(wait, _retry_after(cause)), LONGEST_WAIT)
             logger.warning(
                 "The push to %s failed (%s); it is tried again in %g s.", push.repo_id, _reason(cause), wait
@@ -374,27 +372,24 @@ def _checked_id(repo_id: str) -> str:
     return repo_id
 
 
-def _cause(error: BaseException) -> BaseException:
+def _cause(error: Exception) -> Exception:
     """The error of the Hub or the network beneath what the client made of it."""
-    while not isinstance(error, HfHubHTTPError) and isinstance(error, RuntimeError) and error.__cause__ is not None:
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
-def _status(error: BaseException) -> int | None:
+def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _is_transport(error: BaseException) -> bool:
+def _is_transport(error: Exception) -> bool:
     """Whether the network failed, so that there was no answer."""
     name = type(error).__module__.split(".")[0]
     return _status(error) is None and (isinstance(error, (ConnectionError, TimeoutError)) or name in _CLIENTS)
 
 
-_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
-
-
-def _is_passing(error: BaseException, push: _Push) -> bool:
+def _is_passing(error: Exception, push: _Push) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if _is_transport(error):
@@ -404,7 +399,7 @@ def _is_passing(error: BaseException, push: _Push) -> bool:
     return _status(error) in (408, 412, 429) or (_status(error) or 0) >= 500
 
 
-def _retry_after(error: BaseException) -> float:
+def _retry_after(error: Exception) -> float:
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = headers.get("Retry-After", "0")
     with contextlib.suppress(ValueError):
@@ -414,34 +409,37 @@ def _retry_after(error: BaseException) -> float:
     return 0.0
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
     status = _status(error)
     if status is not None:
         said = getattr(error, "server_message", None)
         return f"the Hub answered {status}" + (f": {' '.join(said.split()).rstrip('.')}" if said else "")
     if _is_transport(error):
-        return f"the Hub cannot be reached: {first_line(error)}"  # type: ignore[arg-type]
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        return f"the Hub cannot be reached: {first_line(error)}"
+    return one_line(error).rstrip(".")
 
 
-def _sentence(push: _Push, error: BaseException, attempts: int) -> str:
+def _sentence(
+    repo_id: str, error: Exception, *, attempts: int = 1, branch: str = "main", made: str | None = None
+) -> str:
+    """What failed, and what to do; ``made`` is the commit, if it was made before."""
     status = _status(error)
     reason = _reason(error)
     advice = ""
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         advice = " Log in with `hf auth login`, or set HF_TOKEN to a token that is valid."
     elif isinstance(error, RevisionNotFoundError):
-        advice = f" There is no branch {push.branch!r}."
+        advice = f" There is no branch {branch!r}."
     elif status == 403 or isinstance(error, RepositoryNotFoundError):
         advice = (
             f" The token has no right to write there, or the name is somebody else's: take a token with the right to "
-            f"write, or a name under your own account in place of {push.repo_id!r}."
+            f"write, or a name under your own account in place of {repo_id!r}."
         )
     elif attempts > 1:
         advice = f" It was tried {attempts} times."
-    what = f"Nothing was published to {push.repo_id}"
-    if push.made is not None:
-        what = f"Commit {push.made} was made in {push.repo_id}, but could not be read back"
+    what = f"Nothing was published to {repo_id}"
+    if made is not None:
+        what = f"Commit {made} was made in {repo_id}, but could not be read back"
     return f"{what}: {reason}.{advice}"
 
 

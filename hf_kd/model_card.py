@@ -33,7 +33,7 @@ from .files import atomic_write, write_text
 from .losses.feature import FEATURE_LOSSES
 from .losses.logit import LOSSES
 from .networks import unwrap
-from .student import CONFIG, export_config
+from .student import CONFIG, export_config, own_label_names
 
 
 if TYPE_CHECKING:
@@ -104,56 +104,61 @@ _OBJECTIVES = {
 _PER_BATCH = ("dist",)
 """Losses that have no value per sample."""
 
-_ZHENG_YANG = """\
-@inproceedings{zheng2024knowledge,
-  title         = {Knowledge Distillation Based on Transformed Teacher Matching},
-  author        = {Zheng, Kaixiang and Yang, En-Hui},
-  booktitle     = {International Conference on Learning Representations (ICLR)},
-  year          = {2024},
-  eprint        = {2402.11148},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2402.11148}
-}"""
-_HINTON = """\
-@misc{hinton2015distilling,
-  title         = {Distilling the Knowledge in a Neural Network},
-  author        = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
-  year          = {2015},
-  eprint        = {1503.02531},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/1503.02531}
-}"""
-_ZHAO = """\
-@inproceedings{zhao2022decoupled,
-  title         = {Decoupled Knowledge Distillation},
-  author        = {Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun},
-  booktitle     = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year          = {2022},
-  eprint        = {2203.08679},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2203.08679}
-}"""
-_HUANG = """\
-@inproceedings{huang2022knowledge,
-  title         = {Knowledge Distillation from A Stronger Teacher},
-  author        = {Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},
-  booktitle     = {Advances in Neural Information Processing Systems (NeurIPS)},
-  year          = {2022},
-  eprint        = {2205.10536},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2205.10536}
-}"""
-_YANG = """\
-@inproceedings{yang2023knowledge,
-  title         = {From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss
-                   and Customized Soft Labels},
-  author        = {Yang, Zhendong and Zeng, Ailing and Li, Zhe and Zhang, Tianke and Yuan, Chun and Li, Yu},
-  booktitle     = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year          = {2023},
-  eprint        = {2303.13005},
-  archivePrefix = {arXiv},
-  url           = {https://arxiv.org/abs/2303.13005}
-}"""
+
+def _bibtex(key: str, title: str, authors: str, year: int, arxiv: str, booktitle: str | None = None) -> str:
+    fields = {
+        "title": title,
+        "author": authors,
+        **({"booktitle": booktitle} if booktitle else {}),
+        "year": year,
+        "eprint": arxiv,
+        "archivePrefix": "arXiv",
+        "url": f"https://arxiv.org/abs/{arxiv}",
+    }
+    lines = [f"  {name:<13} = {{{value}}}" for name, value in fields.items()]
+    return "\n".join([f"@{'inproceedings' if booktitle else 'misc'}{{{key},", ",\n".join(lines), "}"])
+
+
+_ZHENG_YANG = _bibtex(
+    "zheng2024knowledge",
+    "Knowledge Distillation Based on Transformed Teacher Matching",
+    "Zheng, Kaixiang and Yang, En-Hui",
+    2024,
+    "2402.11148",
+    "International Conference on Learning Representations (ICLR)",
+)
+_HINTON = _bibtex(
+    "hinton2015distilling",
+    "Distilling the Knowledge in a Neural Network",
+    "Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+    2015,
+    "1503.02531",
+)
+_ZHAO = _bibtex(
+    "zhao2022decoupled",
+    "Decoupled Knowledge Distillation",
+    "Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun",
+    2022,
+    "2203.08679",
+    "IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)",
+)
+_HUANG = _bibtex(
+    "huang2022knowledge",
+    "Knowledge Distillation from A Stronger Teacher",
+    "Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang",
+    2022,
+    "2205.10536",
+    "Advances in Neural Information Processing Systems (NeurIPS)",
+)
+_YANG = _bibtex(
+    "yang2023knowledge",
+    "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss\n"
+    "                   and Customized Soft Labels",
+    "Yang, Zhendong and Zeng, Ailing and Li, Zhe and Zhang, Tianke and Yuan, Chun and Li, Yu",
+    2023,
+    "2303.13005",
+    "IEEE/CVF International Conference on Computer Vision (ICCV)",
+)
 _CITATIONS = {
     "kd": _HINTON,
     "ttm": _ZHENG_YANG,
@@ -283,7 +288,7 @@ class StudentCard:
         _check_fields(given)
         args, state, student = trainer.args, trainer.state, unwrap(trainer.model)
         provenance = trainer.provenance()
-        settings = _loss_settings(trainer)
+        settings = _loss_settings(provenance["loss"], args.loss_arguments)
         if provenance["teacher"] and trainer.teacher is not None and trainer.teacher.is_module:
             provenance["teacher"]["parameters"] = sum(p.numel() for p in trainer.teacher.parameters())
         if teacher is not None:
@@ -349,7 +354,7 @@ class StudentCard:
                 library="transformers",
                 model_class=model_class,
                 takes_images=str(model_class).endswith("ForImageClassification"),
-                label_names=_own_labels([labels[key] for key in sorted(labels, key=int)] if labels else []),
+                label_names=own_label_names([labels[key] for key in sorted(labels, key=int)] if labels else []),
                 in_chans=config.get("num_channels", 3),
                 has_processor=(folder / "preprocessor_config.json").is_file(),
             )
@@ -576,7 +581,6 @@ class StudentCard:
             license=self._license,
             license_inherited=self._license_source,
             registered_by=self.registered_by,
-            architecture_name=student.get("architecture"),
             curves=self.curves,
             base_model=self._base_model_link(),
             citation=_CITATIONS.get(str(loss)) if teacher else None,
@@ -823,7 +827,7 @@ def _facts_of_model(student: nn.Module, has_processor: bool) -> dict[str, Any]:
             "library": "transformers",
             "model_class": type(student).__name__ if type(student).__module__.startswith("transformers.") else None,
             "takes_images": student.main_input_name == "pixel_values",
-            "label_names": _own_labels([labels[number] for number in sorted(labels)]),
+            "label_names": own_label_names([labels[number] for number in sorted(labels)]),
             "in_chans": getattr(student.config, "num_channels", 3),
             "has_processor": has_processor,
         }
@@ -834,15 +838,10 @@ def _facts_of_model(student: nn.Module, has_processor: bool) -> dict[str, Any]:
 def _facts_of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "library": "timm",
-        "label_names": _own_labels(config.get("label_names") or []),
+        "label_names": own_label_names(config.get("label_names") or []),
         "in_chans": (config.get("pretrained_cfg") or {}).get("input_size", [3])[0],
         "registered_by": config.get("registered_by"),
     }
-
-
-def _own_labels(names: Sequence[str]) -> list[str] | None:
-    """The names of the classes, or None if they are only numbered."""
-    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else list(names)
 
 
 def _evaluation(trainer: DistillationTrainer) -> dict[str, Any]:
@@ -933,10 +932,9 @@ def _is_hub_id(name: str) -> bool:
     return fits is not None and _public_name(name) == name and not os.path.exists(name)
 
 
-def _loss_settings(trainer: DistillationTrainer) -> dict[str, str]:
+def _loss_settings(loss: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     """A named loss's own arguments with their values, defaults included; without what the card says otherwise."""
-    arguments = trainer.args.loss_arguments
-    named = LOSSES.get(trainer.provenance()["loss"])
+    named = LOSSES.get(loss)
     if named is None:
         return {key: str(value) for key, value in arguments.items()}
     return {

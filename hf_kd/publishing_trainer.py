@@ -42,7 +42,7 @@ class PublishingTrainer(ReliableTrainer):
 
     def student_card(self, **given: Any) -> StudentCard:
         """The card of the student as it is now; ``given`` are fields of :class:`hf_kd.model_card.StudentCard`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define student_card(**given).")
 
     def write_card(self, place: Path, **given: Any) -> None:
         """Write the card and the curves into a student's folder; ``given`` as for :meth:`student_card`."""

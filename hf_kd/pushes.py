@@ -12,7 +12,7 @@ from pathlib import Path
 from accelerate.logging import get_logger
 
 from .hub import Publication
-from .text import first_line
+from .text import one_line
 
 
 logger = get_logger(__name__)
@@ -81,12 +81,11 @@ class Pushes:
             self.report(error)
             return None
         self.last = publication
-        logger.info(f"Published {publication.repo_id}: {publication.url}")
         return publication
 
     def report(self, error: Exception) -> None:
         """Log a failure, and go on."""
-        sentence = " ".join(str(error).split()) or first_line(error)
+        sentence = one_line(error)
         self.failures.append(sentence)
         logger.warning(sentence)
 

@@ -170,6 +170,11 @@ def create_student(
     return student.train()
 
 
+def own_label_names(names: Sequence[str]) -> list[str] | None:
+    """The names of the classes, in order, or None if they are only numbered, as transformers does by itself."""
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else list(names)
+
+
 def adopt_label_names(model: nn.Module, label_names: Sequence[str] | None) -> None:
     """Give a network the names of its classes if it has none of its own, so that they are saved with it."""
     network: Any = unwrap(model)
@@ -177,7 +182,7 @@ def adopt_label_names(model: nn.Module, label_names: Sequence[str] | None) -> No
         return
     if isinstance(network, PreTrainedModel):
         labels = cast("dict[int, str]", network.config.id2label or {})
-        if all(name == f"LABEL_{number}" for number, name in labels.items()):
+        if own_label_names([labels[number] for number in sorted(labels)]) is None:
             network.config.id2label = dict(enumerate(map(str, label_names)))
             network.config.label2id = {str(name): number for number, name in enumerate(label_names)}
     elif getattr(network, "pretrained_cfg", None):
@@ -304,8 +309,7 @@ def export_config(model: nn.Module, label_names: Sequence[str] | None) -> dict[s
         architecture, arguments = source.architecture, dict(source.model_args or {})
         cfg = dict(getattr(source, "pretrained_cfg", None) or network.pretrained_cfg)
         labels = cast("dict[int, str]", source.id2label)
-        default_labels = all(name == f"LABEL_{number}" for number, name in labels.items())
-        label_names = label_names or (None if default_labels else [labels[number] for number in range(len(labels))])
+        label_names = label_names or own_label_names([labels[number] for number in range(len(labels))])
     else:
         cfg = dict(getattr(model, "pretrained_cfg", None) or {})
         network, architecture = model, cfg.get("architecture")

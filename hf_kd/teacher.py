@@ -466,7 +466,8 @@ def _commit(repository: str, revision: str) -> str | None:
     for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
         path = try_to_load_from_cache(repository, file, revision=revision)
         if isinstance(path, str):
-            return Path(path).relative_to(Path(path.partition("snapshots")[0]) / "snapshots").parts[0]
+            # .../snapshots/COMMIT/file
+            return Path(path).parent.name
     return None
 
 

@@ -13,6 +13,11 @@ def some(values: Iterable[Any], most: int) -> str:
     return ", ".join(map(str, values[:most])) + rest
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line, or its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its type if it says nothing."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

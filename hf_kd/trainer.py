@@ -256,9 +256,9 @@ class DistillationTrainer(PublishingTrainer):
                 self.distillation_loss.set_epoch(self.state.epoch or 0.0)
         labels = inputs.get(self._label_name)
         # Teacher first: its activations are gone before the student's, which wait for the backward pass, are made.
-        with self.features.watching_teacher() if self.features else contextlib.nullcontext():
+        with self.features.of_teacher if self.features else contextlib.nullcontext():
             teacher = Outputs(self.compute_teacher_logits(inputs)) if self.args.uses_teacher else None
-        with self.features.watching_student() if self.features else contextlib.nullcontext():
+        with self.features.of_student if self.features else contextlib.nullcontext():
             student = self._student_outputs(model, inputs)
         if teacher is not None and teacher.logits.shape != student.logits.shape:
             raise ValueError(
@@ -391,14 +391,13 @@ class DistillationTrainer(PublishingTrainer):
             )
         with _keeping_random_state():
             batch = next(self._batches(self.get_train_dataloader()))
-        labels = getattr(self.train_dataset, "labels", None)
         features.build(
             lambda: self._student_outputs(self.model, batch),
             lambda: self.compute_teacher_logits(batch),
             self.accelerator,
             checkpoint=checkpoint,
             num_samples=len(self.train_dataset) if has_length(self.train_dataset) else None,
-            sample_labels=labels,
+            sample_labels=getattr(self.train_dataset, "labels", None) if features.loss.needs_sample_labels else None,
             seed=self.args.seed,
         )
 

@@ -23,6 +23,7 @@ from accelerate.utils import get_int_from_env
 from transformers import HfArgumentParser
 
 from hf_kd.checkpoints import checkpoints, last_complete
+from hf_kd.text import one_line
 
 
 # Settings that exclude each other: one that is given takes the place of the other from a weaker source.
@@ -52,8 +53,7 @@ def mistakes_end_the_run() -> Iterator[None]:
         if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
             raise
         if get_int_from_env(["LOCAL_RANK"], 0) == 0:
-            sentence = " ".join(str(error).split()) or type(error).__name__
-            print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr, flush=True)
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         else:
             # A launcher stops all processes when the first one ends: that should not be one that says nothing.
             time.sleep(3)
@@ -146,7 +146,7 @@ class RecipeParser(HfArgumentParser):
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} is not a YAML file: {one_line(error)}") from error
         content = {} if content is None else content
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")

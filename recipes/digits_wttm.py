@@ -37,6 +37,7 @@ from hf_kd.data import DIGITS_CLASS_NAMES, DIGITS_MEAN, DIGITS_SIZE, DIGITS_STD,
 from hf_kd.metrics import per_sample_statistics, summarise
 from hf_kd.model_card import describe_training
 from hf_kd.networks import logits_of
+from hf_kd.text import one_line
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits" / "wttm.yaml"
@@ -277,7 +278,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     try:
         settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        parser.error(f"--config {args.config} is not a YAML file: {' '.join(str(error).split())}")
+        parser.error(f"--config {args.config} is not a YAML file: {one_line(error)}")
     sections = settings if isinstance(settings, dict) else {}
     if not all(isinstance(sections.get(name), dict) for name in ("training", "methods")):
         parser.error(

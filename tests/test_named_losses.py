@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny import CLASSES, ConvNet, Images, config, networks
-from torch import nn
+from tiny import CLASSES, ConvNet, Images, Tagger, config, networks
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -125,16 +124,6 @@ def test_repeats_that_fill_up_a_batch_do_not_count(tmp_path, loss):
     logits, teacher_logits = student(data.pixel_values[:5]), teacher.eval()(data.pixel_values[:5])
     expected = F.cross_entropy(logits, data.labels[:5]) + 2.0 * function(logits, teacher_logits, data.labels[:5])
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-
-
-class Tagger(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.num_classes = 3
-        self.embed, self.head = nn.Embedding(11, width), nn.Linear(width, 3)
-
-    def forward(self, input_ids, attention_mask=None):
-        return {"logits": self.head(torch.tanh(self.embed(input_ids)))}
 
 
 @pytest.mark.parametrize("loss", NAMED)

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from tiny import CLASSES, ConvNet, Images, config, networks, vit
+from tiny import CLASSES, ConvNet, Images, Tagger, config, networks, vit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
@@ -661,15 +661,6 @@ def test_iterable_data(tmp_path):
 
 def test_token_classification_with_padding(tmp_path):
     """Every unpadded token is a sample, for the labels and for the teacher; accumulation stays exact."""
-
-    class Tagger(nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            self.num_classes = 3
-            self.embed, self.head = nn.Embedding(11, width), nn.Linear(width, 3)
-
-        def forward(self, input_ids, attention_mask=None):
-            return {"logits": self.head(torch.tanh(self.embed(input_ids)))}
 
     torch.manual_seed(0)
     student, teacher = Tagger(4).double(), Tagger(6).double()

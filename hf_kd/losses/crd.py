@@ -106,7 +106,7 @@ class CRD(FeatureLoss):
         num_samples: int | None,
         sample_labels: Tensor | None,
     ) -> None:
-        assert num_samples is not None
+        assert num_samples is not None  # for the type checker: build() has refused it
         self.num_samples = num_samples
         self.student_embedding = nn.Linear(width(student_shapes[0]), self.feat_dim)
         self.teacher_embedding = nn.Linear(width(teacher_shapes[0]), self.feat_dim)
@@ -152,7 +152,7 @@ class CRD(FeatureLoss):
         contrast_index: Tensor | None = None,
         **given: Any,
     ) -> dict[str, Tensor]:
-        assert index is not None
+        assert index is not None  # for the type checker: forward() has refused it
         index = self._checked(index, len(student[0]))
         student_v = F.normalize(self.student_embedding(student[0].flatten(1)))
         teacher_v = F.normalize(self.teacher_embedding(teacher[0].flatten(1)))

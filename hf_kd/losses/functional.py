@@ -71,10 +71,7 @@ def kd_loss(
     gamma = 1.0 / check_positive("temperature", temperature)
     student_logits, teacher_logits = check_logits(student_logits, teacher_logits)
     log_p, _ = transformed_teacher(teacher_logits, gamma)
-    student_logits = promote(student_logits)
-    # Moved to 0 before scaling: gamma times a large logit would round away the differences between classes.
-    student_logits = student_logits - student_logits.detach().amax(dim=-1, keepdim=True)
-    log_q = F.log_softmax(gamma * student_logits, dim=-1)
+    log_q = tempered(promote(student_logits), gamma)
     return reduce(divergence(log_p, log_q) / gamma**2, reduction)
 
 
@@ -333,6 +330,12 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return F.log_softmax(promote(logits), dim=-1)
 
 
+def tempered(logits: Tensor, gamma: float) -> Tensor:
+    """``log softmax(gamma · logits)``, shape (..., K), in the precision of the logits."""
+    # Moved to 0 before scaling: gamma times a large logit would round away the differences between classes.
+    return F.log_softmax(gamma * (logits - logits.detach().amax(dim=-1, keepdim=True)), dim=-1)
+
+
 def transformed_teacher(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """``(log p_T, log U_gamma(p))`` of shapes (..., K) and (...), from one softmax and one logsumexp."""
     logits = promote(logits)
@@ -347,9 +350,7 @@ def transformed_teacher(logits: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Kullback-Leibler divergence ``D(p || q)`` per sample, shape (...); classes with p = 0 contribute 0."""
-    p = log_p.exp()
-    # "p == 0", not "p > 0": a NaN must stay one rather than count as an impossible class.
-    return torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(dim=-1)
+    return weighted(log_p.exp(), log_p - log_q).sum(dim=-1)
 
 
 def decoupled(
@@ -412,9 +413,9 @@ def split(
     for logits in (student_logits, teacher_logits):
         logits = promote(logits)
         others = torch.where(silent, torch.zeros_like(logits), logits).masked_fill(is_target, -torch.inf)
-        # As in kd_loss each is moved to 0 before scaling, the others by their own: next to a target that is far above
-        # them their differences would be rounded away.
-        log_all = F.log_softmax(gamma * (logits - logits.detach().amax(dim=-1, keepdim=True)), dim=-1)
+        log_all = tempered(logits, gamma)
+        # The others are moved by their own largest: next to a target that is far above them their differences would
+        # be rounded away.
         top, index = others.detach().max(dim=-1, keepdim=True)
         log_others = F.log_softmax(gamma * (others - top), dim=-1)
         # log(1 - p_target) is the log-probability of any other class among all, less that among the others.
@@ -445,7 +446,7 @@ def relations(
         if mask is not None:
             # What is no sample may hold anything.
             logits = logits.masked_fill(~mask[:, None], 0.0)
-        log_probs.append(F.log_softmax(gamma * (logits - logits.detach().amax(dim=-1, keepdim=True)), dim=-1))
+        log_probs.append(tempered(logits, gamma))
     log_q, log_p = log_probs
     by_sample = correlation(log_q, log_p, eps)
     by_sample = by_sample.mean() if mask is None else (by_sample * mask).sum() / mask.sum().clamp_min(1)
@@ -484,6 +485,7 @@ def correlation(log_a: Tensor, log_b: Tensor, eps: float, mask: Tensor | None = 
 
 def weighted(p: Tensor, log_q: Tensor) -> Tensor:
     """``p log q``, elementwise; 0 where p is 0, whatever log q."""
+    # "p == 0", not "p > 0": a NaN must stay one rather than count as an impossible class.
     return torch.where(p == 0, torch.zeros_like(p), p * log_q)
 
 
