@@ -328,6 +328,13 @@ class ReliableTrainer(Trainer):
 
     # ---- Steps that are not finite ----------------------------------------------------------------------------------
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer asks after a step whether it was the last, so a finished run that is resumed would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         # A step that is skipped is left out of the average that is logged.

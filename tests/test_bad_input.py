@@ -235,17 +235,17 @@ def read_only(tmp_path):
 
 def recipe(tmp_path, yaml, file="row.yaml"):
     """What the ImageNet recipe reads of a YAML file."""
-    from imagenet_wttm import make_parser
+    from imagenet_wttm import RECIPE
 
     (tmp_path / "row.yaml").write_text(yaml)
-    return make_parser().read_yaml(tmp_path / file)
+    return RECIPE.parser().read_yaml(tmp_path / file)
 
 
 def command_line(*options):
     """What it reads of a command line."""
-    from imagenet_wttm import make_parser
+    from imagenet_wttm import RECIPE
 
-    return make_parser().read_command_line(options)
+    return RECIPE.parser().read_command_line(options)
 
 
 def shared(total, processes, per_device=None, accumulation=None):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import ConvNet, Images, config, networks
 
 from hf_kd import DistillationTrainer
@@ -107,6 +108,15 @@ def test_without_a_complete_one_training_begins_and_says_so(tmp_path, caplog):
     run.train(resume_from_checkpoint=True)
     assert run._initial_global_step == 0 and run.state.global_step == 4
     assert "no complete checkpoint" in caplog.text and "training starts at the beginning" in caplog.text
+
+
+def test_a_run_that_was_stopped_by_max_steps_takes_no_step_more(output):
+    # In the middle of its second epoch.
+    again = trainer(output, max_steps=3)
+    again.train(resume_from_checkpoint=str(output / "checkpoint-3"))
+    assert again.state.global_step == 3
+    saved = load_file(output / "checkpoint-3" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in again.model.state_dict().items())
 
 
 def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(output):

@@ -43,6 +43,13 @@ def recipe():
     return imagenet_wttm
 
 
+def parse(recipe, options):
+    """The runs that a command line asks for."""
+    from rows import parse
+
+    return parse(recipe.RECIPE, [f"--{key}={value}" for key, value in options.items()])
+
+
 def pictures(split, count):
     """`count` digits of each class as 64 x 48 pictures in colour: (class name, number, picture)."""
     for name, digit in CLASSES.items():
@@ -162,14 +169,17 @@ def test_a_launch_trains_and_reports(launched):
     assert student["nll"] > 0 and 0 <= student["teacher_agreement"] <= 1
     assert (results["data"]["classes"], results["data"]["train_samples"]) == (3, 30)
     # The command line over the YAML over the recipe.
-    assert results["objective"] == {"loss": "wttm", "gamma": 0.5, "temperature": 2.0, "beta": 3.0, "ce_weight": 1.0}
-    training = results["training"]
-    assert (training["learning_rate"], training["weight_decay"], training["momentum"]) == (0.01, 1e-4, 0.9)
+    objective = results["objective"]
+    assert (
+        objective.items() >= {"loss": "wttm", "gamma": 0.5, "temperature": 2.0, "beta": 3.0, "ce_weight": 1.0}.items()
+    )
+    settings, training = results["settings"], results["training"]
+    assert (settings["learning_rate"], settings["weight_decay"], settings["momentum"]) == (0.01, 1e-4, 0.9)
     assert (training["total_batch_size"], training["per_device_train_batch_size"]) == (10, 5)
     assert (training["gradient_accumulation_steps"], training["steps_done"]) == (2, 6)
     assert results["paper"]["top1"] == 0.72 and "not measured" in results["paper"]["note"]
-    assert {"data", "beta", "img_size", "total_batch_size"} <= set(results["paper"]["this_run_differs_in"])
-    assert "gamma" not in results["paper"]["this_run_differs_in"]
+    assert {"data", "beta", "img_size", "total_batch_size"} <= set(results["this_run_differs_in"])
+    assert "gamma" not in results["this_run_differs_in"]
     assert f"top-1 {100 * student['top1']:.2f} %" in run.stdout
     assert "the paper reports 72.00 %" in run.stdout
 
@@ -228,6 +238,39 @@ def test_resuming_and_the_refusal_to_overwrite(recipe, images, teacher, tmp_path
     assert (folder / "model.safetensors").read_bytes() == whole
 
 
+def test_several_seeds_are_reported_as_mean_and_spread(recipe, images, teacher, tmp_path, capsys):
+    folder = tmp_path / "out"
+    options = {**folders(images), "seed": 3, "max_steps": 2, "paper_top1": 72, "paper_top1_std": 0.25}
+    recipe.main(arguments(folder, teacher, seeds=2, **options))
+    summary = json.loads((folder / "results.json").read_text())
+    single = [json.loads((folder / f"seed{seed}" / "results.json").read_text()) for seed in (3, 4)]
+    assert summary["seeds"] == [3, 4] and summary["runs"] == single
+    one, other = (result["student"]["nll"] for result in single)
+    assert one != other
+    assert summary["mean"]["nll"] == pytest.approx((one + other) / 2)
+    assert summary["std"]["nll"] == pytest.approx(abs(one - other) / 2**0.5)
+    assert summary["paper"]["top1"] == 0.72 and summary["paper"]["top1_std"] == 0.0025
+    assert "over 2 seeds; the paper reports 72.00 %" in capsys.readouterr().out
+    # Each is what a run of that seed alone gives.
+    recipe.main(arguments(tmp_path / "alone", teacher, **{**options, "seed": 4}))
+    assert (tmp_path / "alone" / "model.safetensors").read_bytes() == (
+        folder / "seed4" / "model.safetensors"
+    ).read_bytes()
+
+    # What is finished is taken as it is; the others go on.
+    (folder / "seed4" / "results.json").unlink()
+    first = (folder / "seed3" / "results.json").stat().st_mtime_ns
+    capsys.readouterr()
+    recipe.main(arguments(folder, teacher, seeds=2, resume_from_checkpoint="last", **options))
+    assert (folder / "seed3" / "results.json").stat().st_mtime_ns == first
+    assert json.loads((folder / "results.json").read_text())["mean"] == pytest.approx(summary["mean"])
+    changed = {**options, "learning_rate": 0.5}
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main(arguments(folder, teacher, seeds=2, resume_from_checkpoint="last", **changed))
+    assert stopped.value.code == 2
+    assert "is of a run with another learning_rate (0.1, now 0.5)" in capsys.readouterr().err
+
+
 def test_parquet_by_data_set_name(recipe, parquet, teacher, tmp_path):
     columns = {"image_column": "img", "label_column": "digit"}
     recipe.main(arguments(tmp_path / "out", teacher, dataset_name=parquet, max_steps=2, **columns))
@@ -258,10 +301,10 @@ def test_the_default_is_the_papers_first_row(recipe, images, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     # The one place where data are found without being named.
     (tmp_path / "imagenet").symlink_to(images)
-    run = recipe.parse([])
+    (run,) = parse(recipe, {})
     config = run.config
-    assert (run.recipe.teacher, run.recipe.student) == ("resnet34.tv_in1k", "resnet18")
-    assert (run.recipe.train_dir, run.recipe.val_dir) == ("imagenet/train", "imagenet/val")
+    assert (run.arguments.teacher, run.arguments.student) == ("resnet34.tv_in1k", "resnet18")
+    assert (run.arguments.train_dir, run.arguments.val_dir) == ("imagenet/train", "imagenet/val")
     assert (config.loss, config.gamma, config.beta, config.ce_weight) == ("wttm", 0.8, 1.6, 1.0)
     assert (config.learning_rate, config.weight_decay, config.max_grad_norm) == (0.1, 1e-4, 0.0)
     assert config.optim == "sgd" and config.optim_args == "momentum=0.9,nesterov=False"
@@ -270,8 +313,8 @@ def test_the_default_is_the_papers_first_row(recipe, images, monkeypatch, tmp_pa
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (256, 1)
     assert config.output_dir == "outputs/imagenet_resnet34_resnet18"
     assert config.dataloader_num_workers >= 1 and config.dataloader_persistent_workers
-    assert run.changed == [] and run.recipe.paper_top1 == 72.19
-    train, val = recipe.build_data(run.recipe, config)
+    assert run.changed == [] and run.arguments.paper_top1 == 72.19
+    train, val = recipe.build_data(run.arguments, config)
     assert train[0]["pixel_values"].shape == val[0]["pixel_values"].shape == (3, 224, 224)
     # Evaluation: the 64 x 48 picture with its shorter side at 256, the centre 224.
     resized = val.image(0).resize((341, 256), Image.Resampling.BILINEAR).crop((58, 16, 58 + 224, 16 + 224))
@@ -298,22 +341,22 @@ def test_row(recipe, name, images, tmp_path):
     teacher, student, gamma, beta, top1 = PAPER[name]
     path = ROWS / f"{name}.yaml"
     options = {**folders(images), "config": path, "output_dir": tmp_path, "use_cpu": True}
-    run = recipe.parse([f"--{key}={value}" for key, value in options.items()])
-    assert (run.recipe.teacher, run.recipe.student) == (teacher, student)
+    (run,) = parse(recipe, options)
+    assert (run.arguments.teacher, run.arguments.student) == (teacher, student)
     assert (run.config.loss, run.config.gamma, run.config.beta) == ("wttm", gamma, beta)
-    assert run.recipe.paper_top1 == top1 and "paper" in path.read_text().partition("teacher:")[0]
+    assert run.arguments.paper_top1 == top1 and "paper" in path.read_text().partition("teacher:")[0]
     assert timm.is_model(student) and teacher in timm.list_pretrained()
     assert timm.get_pretrained_cfg(teacher).interpolation == "bilinear"
 
 
 def test_the_command_line_replaces_the_other_way_to_say_it(recipe, images, tmp_path):
     options = {**folders(images), "output_dir": tmp_path, "temperature": 4, "lr_scheduler_type": "cosine"}
-    run = recipe.parse([f"--{key}={value}" for key, value in options.items()])
+    (run,) = parse(recipe, options)
     assert run.config.gamma == 0.25
     assert run.config.lr_milestones is None
     assert run.changed == ["temperature", "lr_scheduler_type"]
-    assert recipe.parse([f"--{k}={v}" for k, v in {**folders(images), "output_dir": tmp_path, "beta": "auto"}.items()]
-                        ).config.beta == "auto"  # fmt: skip
+    (run,) = parse(recipe, {**folders(images), "output_dir": tmp_path, "beta": "auto"})
+    assert run.config.beta == "auto"
 
 
 @pytest.mark.parametrize(
@@ -339,7 +382,7 @@ def test_yaml_values_are_checked_and_converted(recipe, tmp_path):
         "learning_rate: 1e-3\nbeta: auto\nbf16: true\nlr_milestones: null\nteacher_class_map: [0, [1, 2]]\n"
         "student_kwargs: {drop_rate: 0.1}\nmax_steps: -1\n"
     )
-    assert recipe.make_parser().read_yaml(tmp_path / "own.yaml") == {
+    assert recipe.RECIPE.parser().read_yaml(tmp_path / "own.yaml") == {
         "learning_rate": 0.001, "beta": "auto", "bf16": True, "lr_milestones": None, "teacher_class_map": [0, [1, 2]],
         "student_kwargs": {"drop_rate": 0.1}, "max_steps": -1,
     }  # fmt: skip
@@ -368,6 +411,7 @@ MISTAKES = {
     "student kwargs": ({"student_kwargs": '{"chanels": 3}'}, "do not fit resnet10t"),
     "student json": ({"student_kwargs": "channels=3"}, "`student_kwargs` must be a JSON object"),
     "checkpoint": ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a checkpoint"),
+    "seeds": ({"seeds": 0}, "`seeds` must be at least 1, got 0"),
     "stream of files": ({"streaming": True}, "--streaming is for --dataset_name"),
     "length of stream": (
         {"train_dir": None, "val_dir": None, "dataset_name": "{parquet}", "streaming": True, "image_column": "img",
