@@ -140,6 +140,18 @@ class DistillationConfig(TrainingArguments):
         feature_loss_kwargs (`dict`, *optional*):
             Its arguments, such as `student_features` and `teacher_features`, the names of the features.
 
+        > Parameters that control what is logged
+
+        log_analysis (`bool`, *optional*, defaults to `False`):
+            Whether training also logs what the paper's figures show of a run, as means over the samples since the
+            last log. With a teacher, at `gamma` (1 if there is none): `divergence`, D(p_T‖q), `teacher_entropy`,
+            H(p_T), and `power_sum`, U, whatever the loss. And how hard the terms pull at the student's logits:
+            `grad_norm_ce`, `grad_norm_distill`, the norms of the gradients of `ce_weight · CE` and `beta · loss` with
+            respect to a sample's logits (root of the mean square over samples, so that the batch size does not
+            matter), and `grad_cosine`, the cosine between the two; see :mod:`hf_kd.term_gradients`. A feature loss
+            has no such norm: its gradient does not go through the logits. The weights stay the same to the last bit.
+            It costs some passes over tensors of a batch's logits in every step, and nothing of the networks.
+
         > Parameters that control publishing
 
         hub_license (`str`, *optional*):
@@ -250,6 +262,12 @@ class DistillationConfig(TrainingArguments):
     feature_weight: float = field(default=1.0, metadata={"help": "Weight of the feature loss (mu in the paper)."})
     feature_loss_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the feature loss, as JSON."}
+    )
+
+    # --- What is logged ---
+    log_analysis: bool = field(
+        default=False,
+        metadata={"help": "Log divergence, teacher entropy and the gradient norms of the objective's terms as well."},
     )
 
     # --- Publishing ---

@@ -27,7 +27,7 @@ from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
-from . import metrics
+from . import metrics, term_gradients
 from .config import DistillationConfig
 from .data.mixing import BatchMixer
 from .data.padding import SAMPLE_MASK, mark_padding
@@ -260,6 +260,8 @@ class DistillationTrainer(PublishingTrainer):
             teacher = Outputs(self.compute_teacher_logits(inputs)) if self.args.uses_teacher else None
         with self.features.of_student if self.features else contextlib.nullcontext():
             student = self._student_outputs(model, inputs)
+        if self.args.log_analysis:
+            student.logits = term_gradients.watched(student.logits)
         if teacher is not None and teacher.logits.shape != student.logits.shape:
             raise ValueError(
                 f"The teacher gave logits of shape {tuple(teacher.logits.shape)} and the student "
@@ -273,6 +275,7 @@ class DistillationTrainer(PublishingTrainer):
         mask = student.mask = sample_mask(inputs, student.logits.shape[:-1])
 
         terms: dict[str, Tensor] = {}
+        parts: Any = {}
         if self.args.ce_weight:
             if labels is None:
                 raise ValueError(
@@ -296,11 +299,18 @@ class DistillationTrainer(PublishingTrainer):
             mean = self._means(parts, own_samples, mask)["distill"]
             terms["distill"] = self.beta * processes * mean * own_samples / step_samples
         if self.features is not None:
-            parts = self.features(labels, inputs.get("index"))
-            mean = self._means(parts, own_samples, mask)["feature"]
+            mean = self._means(self.features(labels, inputs.get("index")), own_samples, mask)["feature"]
             terms["feature"] = self.args.feature_weight * processes * mean * own_samples / step_samples
         with torch.no_grad():
             self._meters.add_values("student_entropy", functional.entropy(student.log_probs), mask)
+            if self.args.log_analysis:
+                if teacher is not None:
+                    found = functional.matching_statistics(student.log_probs, teacher.logits, self.args.gamma or 1.0)
+                    # What the loss logs already stays as it is.
+                    self._means({key: found[key] for key in found.keys() - parts.keys()}, own_samples, mask)
+                gradients = term_gradients.products(terms, student.logits, step_samples / processes)
+                for name, total in gradients.items():
+                    self._meters.add(name, total, own_samples)
         loss = torch.stack(list(terms.values())).sum()
         self._guard.watch_loss(loss, terms, student, teacher, inputs, self.state.global_step + 1)
         return (loss, student.raw) if return_outputs else loss
@@ -412,7 +422,7 @@ class DistillationTrainer(PublishingTrainer):
         now = self.provenance()
         compared = (
             *("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes"),
-            *("feature_loss", "feature_weight", "feature_loss_kwargs"),
+            *("label_smoothing_factor", "feature_loss", "feature_weight", "feature_loss_kwargs"),
         )
         differences = [
             f"{key} was {saved[key]} and is {now[key]}" for key in compared if key in saved and saved[key] != now[key]
@@ -529,7 +539,7 @@ class DistillationTrainer(PublishingTrainer):
     # ---- Logging ---------------------------------------------------------------------------------------------------
 
     def _before_logging(self) -> None:
-        self._logged_components = self._meters.means(self.accelerator)
+        self._logged_components = term_gradients.norms_and_cosine(self._meters.means(self.accelerator))
         if self.args.uses_logits and self.beta is not None:
             self._logged_components["beta"] = self.beta
         if self._guard.skipped:
@@ -697,6 +707,7 @@ class DistillationTrainer(PublishingTrainer):
             "beta_setting": args.beta if args.uses_logits else None,
             "balance_lambda": args.balance_lambda if args.beta == "auto" else None,
             "ce_weight": args.ce_weight,
+            "label_smoothing_factor": args.label_smoothing_factor,
             "feature_loss": args.feature_loss,
             "feature_weight": args.feature_weight if args.feature_loss else None,
             "feature_loss_kwargs": args.feature_loss_kwargs,

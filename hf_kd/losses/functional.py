@@ -40,6 +40,7 @@ __all__ = [
     "dkd_loss",
     "kd_loss",
     "log_power_sum",
+    "matching_statistics",
     "nkd_loss",
     "power_sum",
     "power_transform",
@@ -292,6 +293,24 @@ def renyi_entropy(logits: Tensor, alpha: float) -> Tensor:
     finite = torch.where(small, torch.zeros_like(log_q), log_q)
     far = torch.exp(alpha * finite) - torch.exp(finite)
     return torch.log1p(torch.where(small, near, far).sum(dim=-1)) / -order
+
+
+def matching_statistics(log_q: Tensor, teacher_logits: Tensor, gamma: float) -> dict[str, Tensor]:
+    """How far a student is from the transformed teacher, and how soft that is: each (...), one value per sample.
+
+    ``"divergence"`` is ``D(p_T || q)`` in nats, without a weight (the paper's Fig. 2); ``"teacher_entropy"`` is the
+    Shannon entropy ``H(p_T)`` in nats; ``"power_sum"`` is ``U_gamma(p)``.
+
+    Args:
+        log_q: the student's log-probabilities, (..., K).
+        teacher_logits: same shape.
+        gamma: exponent of the power transform, in (0, 1].
+
+    Raises:
+        ValueError: for gamma outside (0, 1].
+    """
+    log_p, log_u = transformed_teacher(teacher_logits, check_gamma(gamma))
+    return {"divergence": divergence(log_p, log_q), "teacher_entropy": entropy(log_p), "power_sum": log_u.exp()}
 
 
 def balanced_beta(lam: float, temperature: float, mean_power_sum: float = 1.0) -> float:

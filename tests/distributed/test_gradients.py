@@ -86,12 +86,17 @@ def alone(tmp_path_factory):
     return run
 
 
+AVERAGES = {"loss", "ce", "distill", "student_entropy", "power_sum", "divergence", "teacher_entropy"}
+AVERAGES |= {"grad_norm_ce", "grad_norm_distill", "grad_cosine"}
+
+
 def assert_same(run, reference, tolerance=1e-12):
     for key, value in reference["weights"].items():
         torch.testing.assert_close(run["weights"][key], value, rtol=0, atol=tolerance)
     assert run["beta"] == pytest.approx(reference["beta"], rel=1e-12)
     for ours, theirs in zip(run["log"], reference["log"], strict=True):
-        for key in theirs.keys() & {"loss", "ce", "distill", "student_entropy", "power_sum"}:
+        assert ours.keys() == theirs.keys()
+        for key in theirs.keys() & AVERAGES:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
     assert run["metrics"] == pytest.approx(reference["metrics"], rel=1e-9)
 
@@ -105,10 +110,10 @@ def test_beta_is_measured_on_every_sample_once(alone, tmp_path):
 
 LOSSES = {
     "ce": {"loss": "ce"},
-    "kd": {"loss": "kd", "beta": 0.9, "ce_weight": 0.1},
+    "kd": {"loss": "kd", "beta": 0.9, "ce_weight": 0.1, "log_analysis": True},
     "ttm": {"loss": "ttm", "beta": "auto"},
     "wttm": {"loss": "wttm", "beta": "auto"},
-    "wttm without labels": {"loss": "wttm", "ce_weight": 0.0, "beta": 2.0},
+    "wttm without labels": {"loss": "wttm", "ce_weight": 0.0, "beta": 2.0, "log_analysis": True},
     "wttm, smoothed labels": {"loss": "wttm", "label_smoothing_factor": 0.1},
 }
 
@@ -131,7 +136,7 @@ def test_accumulation_trains_as_one_batch(loss, alone):
 
 
 def test_two_processes_that_accumulate(alone, tmp_path):
-    options = {"loss": "wttm", "beta": "auto"}
+    options = {"loss": "wttm", "beta": "auto", "log_analysis": True}
     small = partial(train, per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
     for run in run_processes(small, 2, tmp_path):
         assert_same(run, alone(per_device_train_batch_size=2 * BATCH, **options))
