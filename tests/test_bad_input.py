@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cifar_files import random_split, write_binary, write_image_folder, write_python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import CLASSES, ConvNet, Images, config, networks
@@ -27,6 +29,7 @@ from hf_kd.data import (
     SkippingDataset,
     collate,
     eval_transform,
+    load_cifar,
     load_image,
     load_image_dataset,
     to_rgb,
@@ -211,6 +214,24 @@ def teacher_folder(tmp_path, name, content):
     save_student(create_student("test_resnet", num_classes=CLASSES), tmp_path / "teacher")
     (tmp_path / "teacher" / name).write_bytes(content)
     return Teacher.from_pretrained(tmp_path / "teacher")
+
+
+def cifar(write, damage, classes=10):
+    """A small CIFAR folder as `damage(folder)` leaves it."""
+
+    def build(tmp_path):
+        names = [f"kind {number}" for number in range(classes)]
+        options = {} if write is write_image_folder else {"classes": classes}
+        folder = write(tmp_path, random_split(classes, classes), random_split(classes, classes), names, **options)
+        damage(folder)
+        return load_cifar(folder)
+
+    return build
+
+
+def cifar_archive(tmp_path):
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"\x1f\x8b")
+    return load_cifar(tmp_path)
 
 
 def resume_with_another_student(tmp_path):
@@ -591,6 +612,78 @@ COLUMNS_AND_DATA_SETS = [
         lambda tmp_path: ImageFolderDataset(
             picture_folder(tmp_path, classes=("cat", "dogs")), EVAL, class_names=["cat", "dog"]
         ),
+    ),
+    BadInput(
+        "no-cifar-folder",
+        "the path of a CIFAR folder that does not exist",
+        FileNotFoundError,
+        ("The CIFAR folder", "nowhere does not exist", "give a folder that holds the data, or a data set's id"),
+        lambda tmp_path: load_cifar(tmp_path / "nowhere"),
+    ),
+    BadInput(
+        "packed-cifar",
+        "CIFAR's archive, as it is downloaded",
+        ValueError,
+        ("cifar-100-python.tar.gz is an archive", "unpack it (tar -xf cifar-100-python.tar.gz)"),
+        cifar_archive,
+    ),
+    BadInput(
+        "cifar-without-a-batch",
+        "a CIFAR-10 folder without one of its five training files",
+        ValueError,
+        ("lacks data_batch_3 (it has batches.meta", "the train split of cifar-10-batches-py needs data_batch_1"),
+        cifar(write_python, lambda folder: (folder / "data_batch_3").unlink()),
+    ),
+    BadInput(
+        "cifar-pickle-with-code",
+        "a CIFAR file that would run code where it is unpickled",
+        ValueError,
+        ("Cannot read", "train: it asks for posix.mkdir, which data has no use for", "nothing in it was run"),
+        cifar(
+            write_python,
+            lambda folder: (folder / "train").write_bytes(pickle.dumps(NeedsCode(f"{folder}/train.ran"))),
+            classes=100,
+        ),
+    ),
+    BadInput(
+        "truncated-cifar-pickle",
+        "a CIFAR file of the python version without its second half",
+        ValueError,
+        ("Cannot read", "train: pickle data was truncated", "must be a whole pickle of plain data"),
+        cifar(
+            write_python, lambda folder: half_of(lambda path: (folder / "test").rename(path))(folder / "train"), 100
+        ),
+    ),
+    BadInput(
+        "truncated-cifar-records",
+        "a CIFAR file of the binary version without its last byte",
+        ValueError,
+        ("data_batch_5.bin is damaged", "6145 bytes are not a whole number of records of 3073 (1 of labels and 3072"),
+        cifar(write_binary, lambda folder: os.truncate(folder / "data_batch_5.bin", 6145)),
+    ),
+    BadInput(
+        "cifar-label-out-of-range",
+        "a CIFAR file with the label 10 and ten classes",
+        ValueError,
+        ("Label 10 of image 0 in", "data_batch_1.bin is out of range", "there are 10 classes", "in 0..9"),
+        cifar(write_binary, lambda folder: (folder / "data_batch_1.bin").write_bytes(bytes([10] + 3072 * [0]))),
+    ),
+    BadInput(
+        "cifar-picture-of-another-size",
+        "a CIFAR folder with a picture of 64 × 48 pixels",
+        ValueError,
+        ("The image", "big.png is 64 × 48 pixels, and CIFAR's are 32 × 32", "resize the images beforehand"),
+        cifar(
+            write_image_folder,
+            lambda folder: Image.new("RGB", (64, 48)).save(folder / "train" / "kind 0" / "big.png"),
+        ),
+    ),
+    BadInput(
+        "cifar-without-a-split",
+        "a CIFAR folder of pictures without train",
+        ValueError,
+        ("has no folder train with one folder of pictures per class", "it has test, training"),
+        cifar(write_image_folder, lambda folder: (folder / "train").rename(folder / "training")),
     ),
     BadInput(
         "two-sources",

@@ -1,4 +1,6 @@
+from ..models.cifar import CIFAR100_MEAN, CIFAR100_STD
 from .bad_samples import SkippingDataset
+from .cifar import CifarDataset, CifarImages, load_cifar
 from .collate import collate
 from .digits import (
     DIGITS_CLASS_NAMES,
@@ -16,10 +18,14 @@ from .views import EpochCallback, set_dataset_epoch, view_rng, view_seed
 
 
 __all__ = [
+    "CIFAR100_MEAN",
+    "CIFAR100_STD",
     "DIGITS_CLASS_NAMES",
     "DIGITS_MEAN",
     "DIGITS_SIZE",
     "DIGITS_STD",
+    "CifarDataset",
+    "CifarImages",
     "DigitsDataset",
     "DigitsSplit",
     "DigitsSplits",
@@ -30,6 +36,7 @@ __all__ = [
     "SkippingDataset",
     "collate",
     "eval_transform",
+    "load_cifar",
     "load_digits",
     "load_image",
     "load_image_dataset",

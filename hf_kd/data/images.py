@@ -449,6 +449,21 @@ def _near(wanted: str, names: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
+def load_split(dataset_name: str | None, config_name: str | None = None, *, split: str, **load_kwargs: Any) -> Any:
+    """One split as `datasets.load_dataset` gives it.
+
+    Raises ValueError, in a sentence, where it cannot be loaded.
+    """
+    try:
+        return datasets.load_dataset(dataset_name, config_name, split=split, **load_kwargs)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = first_line(error).rstrip(".")
+        raise ValueError(
+            f"Cannot load split {split!r} of data set {dataset_name!r}: {reason}. Check the name and the network, "
+            "or give a local folder."
+        ) from error
+
+
 # One door ---------------------------------------------------------------------------------------------------------
 
 
@@ -486,14 +501,7 @@ def load_image_dataset(
         if streaming:
             raise ValueError("`streaming` is for `dataset_name`; a folder is read file by file as it is.")
         return ImageFolderDataset(split_dir, transform, seed=seed, class_names=class_names)
-    try:
-        data = datasets.load_dataset(dataset_name, config_name, split=split, streaming=streaming, **load_kwargs)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = first_line(error).rstrip(".")
-        raise ValueError(
-            f"Cannot load split {split!r} of data set {dataset_name!r}: {reason}. Check the name and the network, "
-            "or give a local folder."
-        ) from error
+    data = load_split(dataset_name, config_name, split=split, streaming=streaming, **load_kwargs)
     options: dict[str, Any] = {
         "image_column": image_column,
         "label_column": label_column,
