@@ -20,6 +20,7 @@ from hf_kd.data import (
     load_cifar,
     set_dataset_epoch,
 )
+from hf_kd.data.cifar import _view
 from hf_kd.data.plain_pickle import read_plain_pickle
 
 
@@ -503,6 +504,13 @@ def test_views_are_crops_of_the_padded_picture_mirrored_or_not():
         if top == 0:
             torch.testing.assert_close(view[:, 0, 0], black, rtol=0, atol=1e-6)
     assert not torch.equal(got, views(plain))
+
+
+def test_a_view_s_number_says_which_it_is():
+    pictures = corners(162).contiguous()
+    by_number = _view(pictures, torch.arange(162)).numpy()
+    for number, view in enumerate(by_number):
+        assert np.array_equal(view, reference(pictures[0], number // 18, number // 2 % 9, number % 2 == 1))
 
 
 def test_every_offset_and_both_sides_come_equally_often():
