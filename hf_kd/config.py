@@ -105,7 +105,19 @@ class DistillationConfig(TrainingArguments):
         nesterov (`bool`, *optional*, defaults to `False`):
             Nesterov momentum of `optim="sgd"`.
         decay_all_parameters (`bool`, *optional*, defaults to `False`):
-            Whether weight decay also applies to biases and normalisation layers, as in the paper's protocols.
+            Whether weight decay also applies to biases and normalisation layers, as in the paper's protocols, and to
+            what the timm network exempts by its `no_weight_decay()`, such as a ViT's position embeddings.
+
+        > Parameters that control the average of the weights
+
+        ema_decay (`float`, *optional*):
+            Decay of an exponential moving average of the student's weights and BatchNorm statistics over the steps
+            (timm's ModelEmaV3), in (0, 1); 0.99996 in DeiT's code. With it the average is the student: it is what
+            evaluation measures, `load_best_model_at_end` chooses, and checkpoints, `save_model` and the Hub hold. The
+            weights that are trained are in a checkpoint's `raw_weights.safetensors`, from which training goes on;
+            when it ends, the student takes the average over.
+        ema_warmup (`bool`, *optional*, defaults to `False`):
+            Whether the decay begins lower, at most 1 - (1 + n)^(-2/3) after n steps, as timm's warmup does it.
 
         > Parameters that say what to do with what is bad
 
@@ -165,7 +177,8 @@ class DistillationConfig(TrainingArguments):
     `False` (was `True`: a non-finite loss is an error here), `enable_jit_checkpoint` is `True` (was `False`): SIGTERM
     ends training with a checkpoint at the end of the step, on all processes alike, unless `save_strategy` is `"no"`;
     `ddp_find_unused_parameters` is `False` (was: `True` for most models, which costs time in every step): set it for a
-    student with parameters that do not take part in every step.
+    student with parameters that do not take part in every step. `dataloader_drop_last` is for training alone:
+    evaluation is always over all samples.
     """
 
     # --- The objective ---
@@ -246,6 +259,16 @@ class DistillationConfig(TrainingArguments):
     decay_all_parameters: bool = field(
         default=False, metadata={"help": "Decay biases and normalisation layers too, as the paper's protocols do."}
     )
+
+    # --- The average of the weights ---
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the weights, in (0, 1): the average is what is evaluated, saved and "
+            "published, and the raw weights are trained on."
+        },
+    )
+    ema_warmup: bool = field(default=False, metadata={"help": "Begin with a lower decay, as timm's warmup does."})
 
     # --- Mixing ---
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup strength; 0 is off."})
@@ -418,6 +441,11 @@ class DistillationConfig(TrainingArguments):
         self._check("lr_decay", "in (0, 1]", 0 < self.lr_decay <= 1)
         self._check("momentum", "in [0, 1)", 0 <= self.momentum < 1)
         self._check("max_nonfinite_steps", "at least 0", self.max_nonfinite_steps >= 0)
+        if self.ema_decay is not None:
+            number = isinstance(self.ema_decay, Real) and 0 < self.ema_decay < 1
+            self._check("ema_decay", "in (0, 1), such as 0.9999, or None", number)
+        elif self.ema_warmup:
+            raise ValueError("`ema_warmup` is for the decay of an average, and there is none: give `ema_decay`.")
         for name, allowed in (
             ("on_nonfinite", ("raise", "skip")),
             ("on_bad_sample", ("raise", "skip")),

@@ -658,6 +658,10 @@ class StudentCard:
 
     def _training(self) -> dict[str, str]:
         lines = dict(self.training)
+        if self.provenance.get("averaged_weights"):
+            warmup = ", with warm-up" if self.provenance.get("ema_warmup") else ""
+            average = f"exponential moving average over the steps (ema_decay {self.provenance['ema_decay']}{warmup})"
+            lines["Weights"] = f"{average}, {lines['Weights']}" if "Weights" in lines else average
         seeds = self.seeds if self.seeds is not None else _lines_of_seed(self.provenance.get("seed"))
         if lines and seeds:
             lines["Seeds" if len(seeds) > 1 else "Seed"] = ", ".join(map(str, seeds))

@@ -42,7 +42,8 @@ class FiniteGuard:
         self.deferred = deferred and policy == "raise"
         self.skipped = 0
         """Steps skipped so far."""
-        self._in_a_row = 0
+        self.in_a_row = 0
+        """Steps skipped up to the last one; 0 if that was taken."""
         self._findings: dict[tuple[tuple[str, ...], int], Tensor] = {}
         self._loss_of_step: str | None = None
 
@@ -134,10 +135,10 @@ class FiniteGuard:
             RuntimeError: if more than ``patience`` steps were skipped in a row.
         """
         self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row > self.patience:
+        self.in_a_row += 1
+        if self.in_a_row > self.patience:
             raise RuntimeError(
-                f"{message} Now {self._in_a_row} steps in a row had to be skipped, and `max_nonfinite_steps` is "
+                f"{message} Now {self.in_a_row} steps in a row had to be skipped, and `max_nonfinite_steps` is "
                 f"{self.patience}: the weights are as they were before these steps, and the "
                 "last checkpoint is untouched. Lower the learning rate or beta, or look at the data."
             )
@@ -145,7 +146,7 @@ class FiniteGuard:
 
     def count_taken(self) -> None:
         """Say that a step was taken: those skipped before it were not in a row with later ones."""
-        self._in_a_row = 0
+        self.in_a_row = 0
 
     # ---- Findings that are read later ------------------------------------------------------------------------------
 

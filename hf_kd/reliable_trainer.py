@@ -173,7 +173,9 @@ class ReliableTrainer(Trainer):
         streams = isinstance(dataset, IterableDataset)
         if streams and self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is False:
             dataset = Numbered(dataset)
-        loader = super()._get_dataloader(dataset, is_training=is_training, **kwargs)
+        # Trainer would leave samples out of the evaluation too.
+        with changed(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
+            loader = super()._get_dataloader(dataset, is_training=is_training, **kwargs)
         self._preemption.let_workers_finish(loader)
         return loader
 
@@ -347,6 +349,12 @@ class ReliableTrainer(Trainer):
         others = self._other_parameters()
         self._guard.watch_gradient(norm, model, self._step_batches, step, self.accelerator, others)
         return norm
+
+    def _step_was_taken(self) -> bool:
+        """Whether the update that was just made changed the weights."""
+        # What the gradient scaler skips is counted only later.
+        scaled = self.accelerator.scaler is not None
+        return not (self.accelerator.optimizer_step_was_skipped if scaled else self._guard.in_a_row)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._count_scaler_steps()

@@ -8,7 +8,8 @@ import os
 import platform
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from . import metrics, term_gradients
 from .config import DistillationConfig
 from .data.mixing import BatchMixer
 from .data.padding import SAMPLE_MASK, mark_padding
+from .ema import RAW_WEIGHTS, WeightAverage, load_raw_weights
 from .feature_term import FeatureTerm
 from .files import atomic_write, write_text
 from .labels import is_soft, normalise_labels
@@ -117,7 +119,16 @@ class DistillationTrainer(PublishingTrainer):
         if self._default_metrics:
             trainer_kwargs["compute_metrics"] = _summarise
             trainer_kwargs["preprocess_logits_for_metrics"] = _reduce_logits
+        self.average = self._build_average(args)
+        if self.average is not None:
+            trainer_kwargs["callbacks"] = [self.average, *(trainer_kwargs.get("callbacks") or [])]
         super().__init__(model, args, **trainer_kwargs)
+        if self.average is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"`ema_decay` does not go with {engine}, which spreads what is averaged over the processes: use a "
+                "launch configuration without it (DDP)."
+            )
         if self.compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` would replace the distillation objective: pass `distillation_loss`, or override "
@@ -200,6 +211,11 @@ class DistillationTrainer(PublishingTrainer):
                 "leave out mixup_alpha and cutmix_alpha, or take another feature loss."
             )
         return FeatureTerm(loss, unwrap(student), self.teacher)
+
+    def _build_average(self, args: DistillationConfig) -> WeightAverage | None:
+        if args.ema_decay is None:
+            return None
+        return WeightAverage(args.ema_decay, warmup=args.ema_warmup, step_was_taken=self._step_was_taken)
 
     # ---- What subclasses override ----------------------------------------------------------------------------------
 
@@ -381,6 +397,8 @@ class DistillationTrainer(PublishingTrainer):
 
     def _before_training(self, checkpoint: str | None) -> None:
         """The teacher's preflight and the choice of beta; a resumed run has both in its checkpoint."""
+        if self.average is not None:
+            self.average.go_on_from(checkpoint)
         if checkpoint is not None:
             self._restore_provenance(checkpoint)
         if self.args.uses_teacher:
@@ -423,6 +441,7 @@ class DistillationTrainer(PublishingTrainer):
         compared = (
             *("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes"),
             *("label_smoothing_factor", "feature_loss", "feature_weight", "feature_loss_kwargs"),
+            *("ema_decay", "ema_warmup"),
         )
         differences = [
             f"{key} was {saved[key]} and is {now[key]}" for key in compared if key in saved and saved[key] != now[key]
@@ -517,7 +536,10 @@ class DistillationTrainer(PublishingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self._averaged():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         # Trainer averages over batches, whatever their size and number of labels; this is the mean over samples.
         values, nll = output.metrics or {}, f"{metric_key_prefix}_nll"
         if self._default_metrics and nll in values:
@@ -556,7 +578,13 @@ class DistillationTrainer(PublishingTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         if self.args.decay_all_parameters:
             return [name for name, _ in model.named_parameters()]
-        return super().get_decay_parameter_names(model)
+        # A timm network may say that more is exempt, such as position embeddings. By identity: wrappers change names.
+        student = unwrap(model)
+        network = getattr(student, "timm_model", student)
+        patterns: Collection[str] = getattr(network, "no_weight_decay", tuple)()
+        exempt = {id(p) for name, p in network.named_parameters() if any(fnmatch(name, part) for part in patterns)}
+        decayed = set(super().get_decay_parameter_names(model))
+        return [name for name, p in model.named_parameters() if name in decayed and id(p) not in exempt]
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         values = super().set_initial_training_values(args, dataloader)
@@ -588,6 +616,19 @@ class DistillationTrainer(PublishingTrainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    # ---- The average of the weights --------------------------------------------------------------------------------
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The student with the average of its weights, if there is one: what is evaluated and saved."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied(self.model)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.average is not None:
+            self.average.end(self.model)
+            # Each process has averaged its own BatchNorm statistics; the first one's are saved.
+            self._share(unwrap(self.model).buffers())
+        return super()._finalize_training(*args, **kwargs)
+
     # ---- Saving and loading ----------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -596,7 +637,8 @@ class DistillationTrainer(PublishingTrainer):
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_student(self.model, folder, state_dict=state_dict)
+        with self._averaged():
+            save_student(self.model, folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         # As the user gave them, but for what is secret.
@@ -613,12 +655,17 @@ class DistillationTrainer(PublishingTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.features is not None and self.args.should_save:
             self.features.save(output_dir)
+        if self.average is not None and self.args.should_save:
+            self.average.save_raw_weights(self.model, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not (Path(resume_from_checkpoint) / WEIGHTS).is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_student_weights(self.model if model is None else model, resume_from_checkpoint)
+        if self.average is None and (Path(resume_from_checkpoint) / RAW_WEIGHTS).is_file():
+            # The student there is an average. With `ema_decay` it is needed, until training begins.
+            load_raw_weights(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -711,6 +758,9 @@ class DistillationTrainer(PublishingTrainer):
             "feature_loss": args.feature_loss,
             "feature_weight": args.feature_weight if args.feature_loss else None,
             "feature_loss_kwargs": args.feature_loss_kwargs,
+            "averaged_weights": args.ema_decay is not None,
+            "ema_decay": args.ema_decay,
+            "ema_warmup": args.ema_warmup if args.ema_decay is not None else None,
             "seed": args.seed,
             "data_seed": args.data_seed,
             "processes": args.world_size,

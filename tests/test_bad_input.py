@@ -1208,6 +1208,41 @@ SETTINGS = [
         "momentum-one", "momentum 1", ValueError, ("`momentum` must be in [0, 1), got 1.0",), settings(momentum=1.0)
     ),
     BadInput(
+        "average-of-decay-one",
+        "ema_decay 1",
+        ValueError,
+        ("`ema_decay` must be in (0, 1), such as 0.9999, or None, got 1.0",),
+        settings(ema_decay=1.0),
+    ),
+    BadInput(
+        "average-of-decay-zero",
+        "ema_decay 0",
+        ValueError,
+        ("`ema_decay` must be in (0, 1), such as 0.9999, or None, got 0",),
+        settings(ema_decay=0),
+    ),
+    BadInput(
+        "average-of-decay-nan",
+        "ema_decay NaN",
+        ValueError,
+        ("`ema_decay` must be in (0, 1)", "got nan"),
+        settings(ema_decay=NAN),
+    ),
+    BadInput(
+        "average-of-decay-text",
+        "a text as ema_decay",
+        ValueError,
+        ("`ema_decay` must be in (0, 1)", "got 'slow'"),
+        settings(ema_decay="slow"),
+    ),
+    BadInput(
+        "warmup-of-no-average",
+        "ema_warmup without ema_decay",
+        ValueError,
+        ("`ema_warmup` is for the decay of an average, and there is none", "give `ema_decay`"),
+        settings(ema_warmup=True),
+    ),
+    BadInput(
         "milestones-unordered",
         "learning-rate milestones out of order",
         ValueError,
@@ -1384,6 +1419,13 @@ TRAINING = [
         RuntimeError,
         ("The loss is not finite at step 1", "ce", "logits hold NaN", "the last checkpoint is untouched"),
         train_on(lambda sample, index: {**sample, "pixel_values": sample["pixel_values"] / (index != 3) * 0}),
+    ),
+    BadInput(
+        "average-of-coarse-weights",
+        "ema_decay for a student whose weights are bf16",
+        ValueError,
+        ("`ema_decay` does not go with weights in bfloat16", "keep the student in fp32"),
+        lambda tmp_path: train(tmp_path, student=ConvNet().bfloat16(), ema_decay=0.9),
     ),
     BadInput(
         "nan-teacher",

@@ -714,6 +714,39 @@ def test_sgd_has_momentum_and_decays_what_is_asked(tmp_path, everything):
     assert {id(student.conv.weight), id(student.head.weight)} <= decayed
 
 
+@pytest.mark.parametrize("make_student", [timm.create_model, create_student])
+def test_weight_decay_leaves_alone_what_the_timm_network_exempts(tmp_path, make_student):
+    student, teacher = (make_student("test_vit", num_classes=CLASSES, img_size=32) for _ in range(2))
+    names = {id(p): name.removeprefix("timm_model.") for name, p in student.named_parameters()}
+
+    def groups(**options):
+        optimizer = make(tmp_path, student, teacher, weight_decay=0.1, **options).create_optimizer()
+        decayed, exempt = ({names[id(p)] for group in optimizer.param_groups for p in group["params"]
+                            if bool(group["weight_decay"]) is decays} for decays in (True, False))  # fmt: skip
+        assert decayed | exempt == set(names.values())
+        return decayed, exempt
+
+    decayed, exempt = groups()
+    assert {"pos_embed", "cls_token", "head.bias", "norm.weight"} <= exempt
+    assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decayed
+    assert groups(decay_all_parameters=True)[1] == set()
+
+
+def test_evaluation_drops_no_samples(tmp_path):
+    """Training does: 24 samples in batches of 10 are two batches."""
+    student, teacher = networks()
+    data = Images(count=11, seed=3)
+    trainer = make(tmp_path, student, teacher, evaluation=data, dataloader_drop_last=True,
+                   per_device_train_batch_size=10, per_device_eval_batch_size=4)  # fmt: skip
+    assert len(trainer.get_train_dataloader()) == 2
+    assert trainer.predict(data).predictions.shape == (11, CLASSES)
+    with torch.no_grad():
+        expected = F.cross_entropy(student.eval()(data.pixel_values), data.labels)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 # ---- Saving, resuming ----------------------------------------------------------------------------------------------
 
 
