@@ -151,10 +151,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(tensors.values())
 
 
-def _as_module(model: nn.Module) -> nn.ParameterList:
+def _as_module(model: nn.Module) -> nn.Module:
     """A student's tensors alone as the module that timm copies and averages.
 
     A copy of the whole student would have its hooks and compiled code too, and tied weights would be averaged once for
     each of their names.
     """
-    return nn.ParameterList([nn.Parameter(value, requires_grad=False) for value in _tensors(model).values()])
+    module = nn.Module()
+    for number, value in enumerate(_tensors(model).values()):
+        # It shares the student's memory.
+        module.register_parameter(str(number), nn.Parameter(value, requires_grad=False))
+    return module

@@ -333,6 +333,15 @@ def test_raw_weights_of_another_network_are_an_error(tmp_path):
         average.on_train_begin(None, None, None, model=student)
 
 
+def test_raw_weights_have_the_names_of_a_network_of_which_nothing_is_compiled(tmp_path):
+    student, twin = ConvNet(), ConvNet()
+    saved = state_of(student)
+    student.conv = torch.compile(student.conv, backend="eager")
+    WeightAverage(DECAY, warmup=False, step_was_taken=lambda: True).save_raw_weights(student, tmp_path)
+    assert load_raw_weights(twin, tmp_path) == 0
+    assert_equal(state_of(twin), saved)
+
+
 def test_the_raw_weights_come_back_whatever_happens():
     student, average = ConvNet(), WeightAverage(DECAY, warmup=False, step_was_taken=lambda: True)
     average.on_train_begin(None, None, None, model=student)
