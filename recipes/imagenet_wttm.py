@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common import folder_name
 from rows import CONFIGS, Recipe, RowArguments, build_pair, check_classes, run_recipe
@@ -59,6 +59,8 @@ DEFAULTS = {
 @dataclass
 class ImageNetArguments(RowArguments):
     """What this recipe needs beyond DistillationConfig."""
+
+    interpolation: ClassVar[str] = "bilinear"
 
     num_classes: int | None = field(
         default=None, metadata={"help": "Class count; found from the data, and checked against it."}
@@ -111,6 +113,25 @@ class ImageNetArguments(RowArguments):
         )
 
     @property
+    def transforms(self) -> dict[str, Any]:
+        """The protocol's transforms of pictures, for "train" and "validation"."""
+        return {
+            "train": train_transform(self.img_size, interpolation=self.interpolation),
+            "validation": eval_transform(self.img_size, interpolation=self.interpolation),
+        }
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What the saved student says of its images, as validation has them: arguments of create_student."""
+        return {
+            "img_size": self.img_size,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": self.interpolation,
+            "crop_pct": 224 / 256,
+        }
+
+    @property
     def folder(self) -> str:
         return f"outputs/imagenet_{folder_name(self.teacher, self.student)}"
 
@@ -135,10 +156,7 @@ class ImageNetArguments(RowArguments):
 
 def build_data(recipe: ImageNetArguments, config: DistillationConfig) -> tuple[Any, Any]:
     """Training and validation data with the protocol's transforms, and the same classes in both."""
-    transforms = {
-        "train": train_transform(recipe.img_size, interpolation="bilinear"),
-        "validation": eval_transform(recipe.img_size, interpolation="bilinear"),
-    }
+    transforms = recipe.transforms
     # On one machine the first process fetches and converts; the others find it done.
     with config.main_process_first(desc="loading the data"):
         if recipe.dataset_name:
@@ -184,14 +202,7 @@ def build_data(recipe: ImageNetArguments, config: DistillationConfig) -> tuple[A
 
 
 def build_trainer(recipe: ImageNetArguments, config: DistillationConfig) -> DistillationTrainer:
-    settings = {
-        "img_size": recipe.img_size,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "interpolation": "bilinear",
-        "crop_pct": 224 / 256,
-    }
-    return build_pair(recipe, config, *build_data(recipe, config), settings)
+    return build_pair(recipe, config, *build_data(recipe, config), recipe.preprocessing)
 
 
 RECIPE = Recipe(

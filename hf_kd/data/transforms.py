@@ -1,13 +1,15 @@
 """The ImageNet protocol's transforms, thin over torchvision: a PIL image in, a normalised float tensor (3, H, W) out.
 
 Source: the training protocol of arXiv 2402.11148 for ImageNet, which is torchvision's reference: training on
-RandomResizedCrop(224) and a horizontal flip, evaluation on the shorter side resized to 256 and the centre 224.
+RandomResizedCrop(224) and a horizontal flip, evaluation on the shorter side resized to 256 and the centre 224. What
+vision transformers are trained with beyond that (RandAugment, colour jitter, random erasing) is timm's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision.transforms import InterpolationMode, v2
 
 
@@ -28,6 +30,9 @@ def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[v2.Trans
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
+_ERASING_MODES = ("pixel", "rand", "const")
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if int(value) != value or value < 1:
@@ -43,18 +48,63 @@ def train_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
-) -> v2.Compose:
+    auto_augment: str | None = None,
+    color_jitter: float = 0.0,
+    random_erasing: float = 0.0,
+    random_erasing_mode: str = "pixel",
+) -> Callable[[Image.Image], torch.Tensor]:
     """The protocol's training transform: a random resized crop and a horizontal flip, then normalisation.
 
     `size`: side of the square view in pixels. `mean`, `std`: of the RGB channels, on a scale of 0 to 1.
     `interpolation`: "bilinear", "bicubic", "nearest", ... (always antialiased, as PIL does). `scale`: range of the
     crop's share of the area. `ratio`: range of width / height. `hflip`: probability of the flip.
 
-    Raises ValueError for an unknown interpolation, a size below 1 or statistics that are not three numbers.
+    With any of the following it is timm's `create_transform`, as DeiT uses it (arXiv 2012.12877). `auto_augment`: a
+    policy in timm's notation, such as "rand-m9-mstd0.5-inc1" for RandAugment. `color_jitter`: strength for brightness,
+    contrast and saturation; with `auto_augment` there is none, as in timm. `random_erasing`: probability that a
+    rectangle of the normalised view is erased; `random_erasing_mode`: by noise for each pixel ("pixel"), one random
+    colour ("rand"), or the mean colour ("const").
+
+    They draw from torch, `random` and numpy; under [`~hf_kd.data.view_rng`], as in the data sets here, a view depends
+    on its seed alone.
+
+    Raises ValueError for an unknown interpolation, policy or mode, a size below 1, a strength below 0, a probability
+    outside [0, 1], or statistics that are not three numbers.
     """
     _check_sizes(size=size)
-    crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=_interpolation(interpolation))
-    return v2.Compose([crop, v2.RandomHorizontalFlip(hflip), *_to_normalised(mean, std)])
+    mode = _interpolation(interpolation)
+    to_normalised = _to_normalised(mean, std)
+    for name, value in (("hflip", hflip), ("random_erasing", random_erasing)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be a probability, in [0, 1], got {value!r}.")
+    if not color_jitter >= 0:
+        raise ValueError(f"`color_jitter` must be a number of at least 0, got {color_jitter!r}.")
+    if random_erasing_mode not in _ERASING_MODES:
+        allowed = ", ".join(map(repr, _ERASING_MODES))
+        raise ValueError(f"`random_erasing_mode` must be one of {allowed}, got {random_erasing_mode!r}.")
+    if not (auto_augment or color_jitter or random_erasing):
+        crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=mode)
+        return v2.Compose([crop, v2.RandomHorizontalFlip(hflip), *to_normalised])
+    try:
+        return create_transform(
+            size,
+            is_training=True,
+            scale=scale,
+            ratio=ratio,
+            hflip=hflip,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # its hint leaves None out
+            auto_augment=auto_augment or None,
+            interpolation=interpolation,
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=random_erasing,
+            re_mode=random_erasing_mode,
+        )
+    except (AssertionError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"`auto_augment` must be a policy that timm knows, such as 'rand-m9-mstd0.5-inc1' or 'original', got "
+            f"{auto_augment!r}{f' ({error})' if str(error) else ''}."
+        ) from error
 
 
 def eval_transform(
