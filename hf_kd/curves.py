@@ -32,8 +32,8 @@ def draw_curves(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """
     panels = []
     for series, label, factor in _PANELS:
-        curves = {name: _points(log_history, key, factor) for key, name in series.items()}
-        curves = {name: points for name, points in curves.items() if len(points) > 1}
+        curves = {name: points(log_history, key, factor) for key, name in series.items()}
+        curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
         if curves:
             panels.append((label, curves))
     if not panels:
@@ -48,8 +48,8 @@ def draw_curves(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, (label, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, points in curves.items():
-            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else "")
+        for name, curve in curves.items():
+            axes.plot(*zip(*curve, strict=True), label=name, marker="." if len(curve) < 30 else "")
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
@@ -61,7 +61,7 @@ def draw_curves(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     return True
 
 
-def _points(log_history: Sequence[Mapping[str, Any]], key: str, factor: float) -> list[tuple[float, float]]:
+def points(log_history: Sequence[Mapping[str, Any]], key: str, factor: float = 1.0) -> list[tuple[float, float]]:
     """Epoch and value of each entry that has them; a later one of the same epoch replaces it."""
     return list(
         {

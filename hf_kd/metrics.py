@@ -18,6 +18,7 @@ Fractions lie in [0, 1]; entropies, likelihoods and divergences are in nats. A l
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -35,6 +36,7 @@ __all__ = [
     "Column",
     "ExpectedCalibrationError",
     "NegativeLogLikelihood",
+    "Reliability",
     "TeacherAgreement",
     "Top1",
     "Top5",
@@ -42,6 +44,7 @@ __all__ = [
     "column_mean",
     "expected_calibration_error",
     "per_sample_statistics",
+    "reliability",
     "summarise",
     "top_k_accuracy",
 ]
@@ -126,6 +129,48 @@ def top_k_accuracy(rows: np.ndarray | Tensor, k: int) -> float:
     return float(np.mean(_labelled(rows)[:, Column.RANK] < k))
 
 
+@dataclass(frozen=True)
+class Reliability:
+    """Labelled samples in bins of equal width by their confidence, the largest probability.
+
+    Source: C. Guo et al. 2017 (arXiv 1706.04599). Bin b holds the confidences in (edges[b], edges[b + 1]].
+
+    Attributes:
+        edges: (B + 1,), from 0 to 1.
+        counts: (B,), samples of each bin.
+        accuracy: (B,), fraction of a bin's samples that are right; NaN in an empty bin.
+        confidence: (B,), mean confidence of a bin's samples; NaN in an empty bin.
+        error: the expected calibration error, in [0, 1].
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+    error: float
+
+
+def reliability(rows: np.ndarray | Tensor, num_bins: int = 15) -> Reliability:
+    """Accuracy against confidence in bins, over the labelled samples, and the calibration error they add up to.
+
+    `rows` are those of `per_sample_statistics`, (N, 4) or (N, 6). Raises ValueError without a labelled sample or for
+    fewer than 1 bin.
+    """
+    _check_count("num_bins", num_bins)
+    rows = _labelled(rows)
+    confidence = rows[:, Column.CONFIDENCE]
+    # Edges in the precision of the confidences: an fp32 1/5 lies on the edge 1/5, not above it.
+    edges = np.linspace(0.0, 1.0, num_bins + 1, dtype=rows.dtype)
+    # A confidence that rounding has put above 1 belongs to the last bin; one that is NaN makes that bin's values NaN.
+    bins = np.searchsorted(edges, confidence, side="left").clip(1, num_bins) - 1
+    counts = np.bincount(bins, minlength=num_bins)
+    right = np.bincount(bins, weights=rows[:, Column.RANK] == 0, minlength=num_bins)
+    confident = np.bincount(bins, weights=confidence, minlength=num_bins)
+    members = np.where(counts > 0, counts, np.nan)
+    error = float(np.abs(right - confident).sum() / len(rows))
+    return Reliability(edges, counts, right / members, confident / members, error)
+
+
 def expected_calibration_error(rows: np.ndarray | Tensor, num_bins: int = 15) -> float:
     """Expected calibration error ``sum_b n_b/n |accuracy_b - confidence_b|`` over the labelled samples, in [0, 1].
 
@@ -133,14 +178,7 @@ def expected_calibration_error(rows: np.ndarray | Tensor, num_bins: int = 15) ->
     et al. 2017 (arXiv 1706.04599), Eq. 3. `rows` are those of `per_sample_statistics`, (N, 4) or (N, 6). Raises
     ValueError without a labelled sample or for fewer than 1 bin.
     """
-    _check_count("num_bins", num_bins)
-    rows = _labelled(rows)
-    confidence = rows[:, Column.CONFIDENCE]
-    # Edges in the precision of the confidences: an fp32 1/5 lies on the edge 1/5, not above it.
-    edges = np.linspace(0.0, 1.0, num_bins + 1, dtype=rows.dtype)
-    bins = np.searchsorted(edges, confidence, side="left")
-    gaps = (rows[:, Column.RANK] == 0).astype(np.float64) - confidence
-    return float(np.abs(np.bincount(bins, weights=gaps)).sum() / len(rows))
+    return reliability(rows, num_bins).error
 
 
 def column_mean(rows: np.ndarray | Tensor, column: Column) -> float:

@@ -41,7 +41,7 @@ def test_the_same_log_gives_the_same_file(tmp_path):
 
 
 def test_a_later_value_of_an_epoch_counts():
-    assert hf_kd.curves._points([*LOG, {"epoch": 2.0, "eval_top1": 0.8}], "eval_top1", 100.0) == [
+    assert hf_kd.curves.points([*LOG, {"epoch": 2.0, "eval_top1": 0.8}], "eval_top1", 100.0) == [
         (1.0, 50.0),
         (2.0, 80.0),
     ]

@@ -87,12 +87,17 @@ def test_dependencies_point_one_way():
                 if module.startswith((".", "hf_kd")):
                     assert name not in forbidden, f"{path} imports {module}"
 
+    for path in (ROOT / "hf_kd").rglob("*.py"):
+        if "analysis" not in path.parts:
+            assert not [module for module in imports_of(path) if "analysis" in module.split(".")], path
+
 
 def test_the_trainer_names_no_loss_and_the_library_prints_nothing():
     trainer = (ROOT / "hf_kd" / "trainer.py").read_text(encoding="utf-8").lower()
     for name in ("wttm", "ttm_loss", "kd_loss"):
         assert name not in trainer.replace('loss="{args.loss}"', "")
-    for path in {*(ROOT / "hf_kd").rglob("*.py")} - {ROOT / "hf_kd" / "cli.py"}:
+    commands = {ROOT / "hf_kd" / "cli.py", ROOT / "hf_kd" / "analysis" / "__main__.py"}
+    for path in {*(ROOT / "hf_kd").rglob("*.py")} - commands:
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         assert not [node for node in calls if getattr(node.func, "id", None) == "print"], path
 
