@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 import hf_kd.models.cifar  # noqa: F401  its networks can be named
 from hf_kd import DistillationConfig, DistillationTrainer, Teacher, create_student
+from hf_kd.analysis import save_logits
 from hf_kd.files import write_text
 from hf_kd.metrics import per_sample_statistics, summarise
 from hf_kd.networks import logits_of
@@ -168,8 +169,17 @@ def train_student(
 
 
 def measure(trainer: DistillationTrainer, seconds: float, data: Data, teacher: TrainedTeacher) -> dict[str, Any]:
-    """Everything that is reported of one finished student."""
+    """Everything that is reported of one finished student, whose folder gets what figures are drawn from."""
     logits, labels = outputs_on(trainer.model, data.test)
+    trainer.save_state()
+    save_logits(
+        str(trainer.args.output_dir),
+        logits,
+        labels,
+        teacher.test_logits,
+        gamma=trainer.args.gamma,
+        class_names=data.images["label_names"],
+    )
     curve = [
         {key.removeprefix("eval_"): entry[key] for key in ("step", "eval_top1", "eval_nll", "eval_entropy")}
         for entry in trainer.state.log_history
@@ -200,7 +210,6 @@ def compare(settings: dict[str, Any], data: Data, teacher: TrainedTeacher, folde
         else:
             trainer, seconds = train_student(settings, fields, seed, data, teacher, run)
             trainer.save_model()
-            trainer.save_state()
             result, note = measure(trainer, seconds, data, teacher), f"{seconds:.1f} s"
             # Whole or not at all: its presence is what says that the run is done.
             write_text(finished, json.dumps(result) + "\n")

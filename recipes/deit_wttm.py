@@ -121,7 +121,7 @@ RECIPE = Recipe(
     arguments=DeiTArguments,
     protocol=PROTOCOL,
     defaults=DEFAULTS,
-    settings=("img_size", *AUGMENTATION, "ema_decay", "ema_warmup"),
+    settings=("img_size", *AUGMENTATION),
     full_data=imagenet_wttm.RECIPE.full_data,
     build=build_trainer,
 )

@@ -22,6 +22,7 @@ from common import (
     mistakes_end_the_run,
     share_batch,
 )
+from fetch import sha256_of
 from transformers import set_seed
 
 from hf_kd import DistillationConfig, DistillationTrainer, create_student
@@ -40,6 +41,7 @@ _SETTINGS = (
     *("balance_lambda", "feature_loss", "feature_weight", "feature_loss_kwargs", "max_steps", "nesterov"),
     *("lr_scheduler_type", "warmup_steps", "optim_args", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha"),
     *("teacher_checkpoint", "teacher_class_map", "teacher_input_size", "load_best_model_at_end"),
+    *("ema_decay", "ema_warmup"),
 )
 
 
@@ -122,6 +124,7 @@ class Recipe:
         settings: further arguments that change what is learnt.
         full_data: the numbers of "data" in results.json on the whole of the row's data set.
         build: makes the trainer of a run.
+        places: settings that say where something lies and not what it is: another one makes no other row.
     """
 
     description: str
@@ -131,6 +134,7 @@ class Recipe:
     settings: tuple[str, ...]
     full_data: Mapping[str, int]
     build: BuildTrainer
+    places: tuple[str, ...] = ()
 
     @property
     def all_settings(self) -> tuple[str, ...]:
@@ -164,10 +168,7 @@ class Run:
 
     @property
     def row(self) -> str:
-        """The row's name: its file's, below recipes/configs/ with the folder."""
-        path = Path(self.arguments.config).resolve()
-        inside = path.is_relative_to(CONFIGS.resolve())
-        return (path.relative_to(CONFIGS.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
+        return row_name(self.arguments.config)
 
     @property
     def finished(self) -> Path:
@@ -175,6 +176,13 @@ class Run:
 
 
 # ---- Arguments -----------------------------------------------------------------------------------------------------
+
+
+def row_name(config: str) -> str:
+    """What the row of a YAML file is called: the file's name, below recipes/configs/ with its folders."""
+    path = Path(config).resolve()
+    inside = path.is_relative_to(CONFIGS.resolve())
+    return (path.relative_to(CONFIGS.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
 
 
 def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> list[Run]:
@@ -205,7 +213,9 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> list[Run]:
     changed = [
         name
         for name in recipe.all_settings
-        if name in given and not _equal(given[name], of_row.get(name, parser.get_default(name)))
+        if name in given
+        and name not in recipe.places
+        and not _equal(given[name], of_row.get(name, parser.get_default(name)))
     ]
     if arguments.total_batch_size != row.get("total_batch_size", parser.get_default("total_batch_size")):
         changed.append("total_batch_size")
@@ -304,6 +314,9 @@ def collect_results(recipe: Recipe, run: Run, trainer: DistillationTrainer, seco
     """What results.json holds. Top-1 and the like are fractions; what is the paper's stands under "paper" alone."""
     arguments, config = run.arguments, run.config
     provenance = trainer.provenance()
+    teacher = provenance["teacher"]
+    if teacher and config.teacher_checkpoint:
+        teacher = {**teacher, "checkpoint_sha256": sha256_of(Path(config.teacher_checkpoint).expanduser())}
     data = {
         "source": arguments.source,
         "classes": trainer.train_dataset.num_classes,
@@ -314,7 +327,7 @@ def collect_results(recipe: Recipe, run: Run, trainer: DistillationTrainer, seco
     results = {
         "row": run.row,
         "this_run_differs_in": differs,
-        "teacher": provenance["teacher"],
+        "teacher": teacher,
         "student": {**provenance["student"], **final_metrics(trainer)},
         "objective": {
             key: provenance[key]

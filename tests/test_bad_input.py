@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from cifar_files import random_split, write_binary, write_image_folder, write_python
+from file_server import serving
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import CLASSES, ConvNet, Images, config, networks
@@ -267,6 +268,30 @@ def command_line(*options):
     from imagenet_wttm import RECIPE
 
     return RECIPE.parser().read_command_line(options)
+
+
+def cifar_teacher(tmp_path, *options):
+    """What the CIFAR-100 recipe finds as the teacher of a row."""
+    from cifar100_wttm import RECIPE, find_teacher
+    from rows import parse
+
+    (run,) = parse(RECIPE, ["--use_cpu=True", f"--output_dir={tmp_path / 'out'}", *options])
+    find_teacher(run.arguments, run.config)
+
+
+def fetched(tmp_path, sha256=None, **served):
+    from fetch import fetch
+
+    with serving({"/file.pth": b"weights"}, **served) as (url, _):
+        fetch(f"{url}/file.pth", tmp_path / "file.pth", sha256)
+
+
+def collected(tmp_path, content):
+    """What the table of results makes of a results.json."""
+    from reproduce import read
+
+    (tmp_path / "results.json").write_text(content)
+    return read(tmp_path / "results.json")
 
 
 def shared(total, processes, per_device=None, accumulation=None):
@@ -1515,6 +1540,55 @@ COMMANDS = [
         ValueError,
         ("`total_batch_size` is 256, but 2 processes", "are 128", "leave one of the three out"),
         lambda tmp_path: shared(256, 2, per_device=32, accumulation=2),
+    ),
+    BadInput(
+        "teacher-without-weights",
+        "a CIFAR-100 row without its teacher's weights",
+        ValueError,
+        ("The teacher cifar_wrn_40_2 needs weights", "--fetch_teacher fetches http://", "--teacher_checkpoint FILE"),
+        cifar_teacher,
+    ),
+    BadInput(
+        "teacher-not-published",
+        "`--fetch_teacher` for a network of which no weights are published",
+        ValueError,
+        ("The teacher cifar_resnet8 has no published weights", "--teacher_checkpoint FILE"),
+        lambda tmp_path: cifar_teacher(tmp_path, "--teacher=cifar_resnet8", "--fetch_teacher"),
+    ),
+    BadInput(
+        "download-breaks-off",
+        "a teacher's download that breaks off half way (nothing of it stays)",
+        RuntimeError,
+        ("/file.pth could not be fetched", "only 3 of 7 bytes came", "try again"),
+        lambda tmp_path: fetched(tmp_path, broken=("/file.pth",)),
+    ),
+    BadInput(
+        "download-of-another-file",
+        "a teacher's download with another SHA-256 than was asked for (it is not kept)",
+        ValueError,
+        ("What came from http://127.0.0.1", "has the SHA-256 9a12", "asked for: it was not kept"),
+        lambda tmp_path: fetched(tmp_path, "0" * 64),
+    ),
+    BadInput(
+        "no-digest",
+        "a SHA-256 of five letters",
+        ValueError,
+        ("A SHA-256 has 64 hexadecimal digits, got 'abcde'",),
+        lambda tmp_path: fetched(tmp_path, "abcde"),
+    ),
+    BadInput(
+        "damaged-result",
+        "a results.json that was cut off, among those to collect (the others are)",
+        ValueError,
+        ("results.json is no JSON", "it was left out"),
+        lambda tmp_path: collected(tmp_path, '{"row": "x", "stu'),
+    ),
+    BadInput(
+        "foreign-result",
+        "a results.json of another program, among those to collect (the others are)",
+        ValueError,
+        ("results.json is not of a run of a row", "'student'", "it was left out"),
+        lambda tmp_path: collected(tmp_path, '{"accuracy": 0.9}'),
     ),
 ]
 
