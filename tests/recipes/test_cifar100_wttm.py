@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -103,6 +105,19 @@ def test_what_makes_another_row(recipe, tmp_path):
     )
     assert run.changed == ["learning_rate", "teacher", "total_batch_size"]
     assert [run.config.seed for run in parse(recipe, "--seeds=5")] == [42, 43, 44, 45, 46]
+
+
+def test_the_commands_that_are_shown_are_ones_that_it_takes(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    shown = "\n".join(
+        [*((ROOT / page).read_text() for page in ("README.md", "recipes/README.md")), recipe.__doc__]
+    ).replace("\\\n", " ")
+    commands = set(re.findall(r"^ *accelerate launch (recipes/cifar100_wttm.py .*)$", shown, flags=re.MULTILINE))
+    assert len(commands) == 8
+    for command in commands:
+        script, *options = shlex.split(command.replace("PAIR/METHOD", "vgg13_vgg8/wttm"))
+        runs = parse(recipe, *options)
+        assert (ROOT / script).is_file() and runs[0].row.startswith("cifar100/")
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------------------
