@@ -27,13 +27,6 @@ METHODS = sorted(path.stem for path in FIRST.glob("*.yaml"))
 SMALL = {"student": "cifar_resnet8", "student_kwargs": '{"widths": [4, 4, 4, 8]}', "teacher": "cifar_resnet8"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def path_of_recipes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        yield
-
-
 @pytest.fixture
 def recipe():
     import cifar100_wttm

@@ -18,13 +18,6 @@ CONFIGS = ROOT / "recipes" / "configs" / "comparison"
 METHODS = ["ce", "kd", "dist", "dkd", "nkd", "ttm", "wttm", "crd", "itrd", "wttm_crd", "wttm_itrd"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def path_of_recipes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        yield
-
-
 def shrunk(folder, name="digits", **changes):
     """The YAML with a small teacher and a few steps, in a file of the folder."""
     settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())

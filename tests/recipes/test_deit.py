@@ -48,13 +48,6 @@ VITKD = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def path_of_recipes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        yield
-
-
 @pytest.fixture
 def recipe():
     import deit_wttm

@@ -2,7 +2,6 @@
 
 import hashlib
 import socket
-from pathlib import Path
 
 import pytest
 from file_server import serving
@@ -10,11 +9,6 @@ from file_server import serving
 
 CONTENT = bytes(range(256)) * 5000  # more than one piece
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def path_of_recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "recipes"))
 
 
 def test_a_file_comes_once(tmp_path):

@@ -29,13 +29,6 @@ TINY = {"channels": [8, 16, 16, 32], "stem_width": 8}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def path_of_recipes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPE.parent))
-        yield
-
-
 @pytest.fixture
 def recipe():
     import imagenet_wttm

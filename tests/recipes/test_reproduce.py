@@ -13,11 +13,6 @@ ROOT = Path(__file__).parents[2]
 ROW = "cifar100/vgg13_vgg8/wttm"  # 74.44 ± 0.19 in the paper
 
 
-@pytest.fixture(autouse=True)
-def path_of_recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-
-
 def run(top1, seed=42, row=ROW, differs=(), **more):
     """What the recipes write of one run, as far as it matters here."""
     return {

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import pytest
 import timm
 import yaml
 
@@ -108,13 +107,6 @@ def expected(number, method):
         kwargs = {"alpha_it": alpha_it, "beta_corr": 2, "beta_mi": beta_mi}
         fields |= {"feature_loss": "itrd", "feature_weight": 1, "feature_loss_kwargs": kwargs}
     return fields
-
-
-@pytest.fixture(scope="module", autouse=True)
-def path_of_recipes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "recipes"))
-        yield
 
 
 def test_every_cell_has_a_file_and_every_file_a_cell():
