@@ -1,9 +1,7 @@
 """Write the YAML file of each row of the paper's tables, and recipes/README.md, from recipes/configs/table.yaml.
 
-    python recipes/make_configs.py             # writes what differs
-    python recipes/make_configs.py --check     # only lists it, and ends with status 1 if there is anything
-
-Rows that are written by hand, those of DeiT, are listed in recipes/README.md as their files have them.
+python recipes/make_configs.py             # writes what differs
+python recipes/make_configs.py --check     # only lists it, and ends with status 1 if there is anything
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from table import CONFIGS, SOURCE, Row, measured, other_rows, read_table, rows
+from table import CONFIGS, SOURCE, Row, measured, read_table, rows
 
 
 HERE = Path(__file__).parent
@@ -62,7 +60,7 @@ Each row of the tables is a YAML file, and a run of it one command. "Paper" is t
 Based on Transformed Teacher Matching* (ICLR 2024, arXiv 2402.11148) prints it, with its standard deviation over runs
 where it prints one. "Measured here" stays empty until somebody has run the row with this code.
 
-This page and the YAML files of ImageNet and CIFAR-100 are written by `python recipes/make_configs.py` from
+This page and the rows' YAML files are written by `python recipes/make_configs.py` from
 [configs/table.yaml](configs/table.yaml), which says where each setting is from; `--check` says whether they are as it
 has them. Change the table, not these.
 
@@ -101,6 +99,9 @@ accelerate launch recipes/cifar100_wttm.py --fetch_teacher \\
   CIFAR-100 run counts as the row's with whichever weights `--teacher_checkpoint` has, whose SHA-256 `results.json`
   keeps; one with another `--teacher` is listed apart.
 
+`python recipes/compare_losses.py` runs all of these losses side by side on a small task, digits or your CIFAR-100:
+[docs/losses.md](../docs/losses.md) has what came out on the digits.
+
 The figure of a run is the last epoch's, of the weights that are saved. The authors' code logs each epoch and names the
 best one on the test split too; which of the two the paper prints it does not say.
 """
@@ -113,28 +114,23 @@ def page(table: dict[str, Any]) -> str:
     listed = rows(table)
     for name, section in table.items():
         own = [row for row in listed if row.section == name]
-        others = {} if "pairs" in section else other_rows(name)
-        if not own and not others:
-            continue
         parts.append(f"## {section['title']}\n")
-        if own and own[0].name.count("/") == 1:
+        if len(section["methods"]) == 1:
             parts.append(_pattern(section, name, "ROW"))
             parts.append(markdown_table(("row", "γ", "β", "paper", "measured here"), _pairs(own, found)))
-        elif own:
-            parts.append(_pattern(section, name, "PAIR/METHOD"))
-            methods = [(method["title"], method["source"]) for method in section["methods"].values()]
-            parts.append(markdown_table(("method", "where its settings are from"), methods))
-            for pair in dict.fromkeys(row.pair for row in own):
-                parts.append(
-                    f"### {pair.title}\n\nIn the paper: teacher {pair.teacher_top1:.2f} %, student alone "
-                    f"{pair.student_top1:.2f} %; TTM and WTTM are means of {pair.runs} runs.\n"
-                )
-                cells = _methods([row for row in own if row.pair == pair], found)
-                parts.append(markdown_table(("row", "settings", "paper", "measured here"), cells))
-        if others:
-            parts.append(_pattern(section, name, "ROW"))
-            cells = [[_link(n, n.split("/")[-1]), figure(*f), _measured(found, n)] for n, f in others.items()]
-            parts.append(markdown_table(("row", "paper", "measured here"), cells))
+            continue
+        several = len(section["pairs"]) > 1
+        parts.append(_pattern(section, name, "PAIR/METHOD" if several else "METHOD"))
+        methods = [(method["title"], method["source"]) for method in section["methods"].values()]
+        parts.append(markdown_table(("method", "where its settings are from"), methods))
+        for pair in dict.fromkeys(row.pair for row in own):
+            runs = f"; TTM and WTTM are means of {pair.runs} runs" if pair.runs else ""
+            parts.append(
+                f"### {pair.title}\n\nIn the paper: teacher {pair.teacher_top1:.2f} %, student alone "
+                f"{pair.student_top1:.2f} %{runs}.\n"
+            )
+            cells = _methods([row for row in own if row.pair == pair], found)
+            parts.append(markdown_table(("row", "settings", "paper", "measured here"), cells))
     return "\n".join(parts)
 
 
@@ -163,11 +159,14 @@ _TOLD = {
     "kd": "T = {temperature:g}, λ = {beta:g}",
     "dist": "T = {temperature:g}, β = {loss_kwargs[beta]:g}, γ = {loss_kwargs[gamma]:g}",
     "dkd": "T = {temperature:g}, α = {loss_kwargs[alpha]:g}, β = {loss_kwargs[beta]:g}",
+    "nkd": "T = {temperature:g}, γ = {loss_kwargs[gamma]:g}, weight {beta:g}",
     "ttm": "γ = {gamma:g}, β = {beta:g}",
     "wttm": "γ = {gamma:g}, β = {beta:g}",
     "crd": "μ = {feature_weight:g}",
     "itrd": "μ = {feature_weight:g}, α_it = {feature_loss_kwargs[alpha_it]:g}, "
     "β_corr = {feature_loss_kwargs[beta_corr]:g}, β_mi = {feature_loss_kwargs[beta_mi]:g}",
+    "vitkd": "α = {feature_loss_kwargs[alpha]:g}, β = {feature_loss_kwargs[beta]:g}, "
+    "λ = {feature_loss_kwargs[mask_ratio]:g}",
 }
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 from make_configs import README, figure, markdown_table, page
-from table import MEASURED, measured, other_rows, read_table, rows
+from table import MEASURED, measured, read_table, rows
 
 
 RESULTS = "results.json"
@@ -104,10 +104,7 @@ def collect(places: Iterable[str]) -> tuple[list[Result], list[str]]:
 
 def papers() -> dict[str, tuple[float, float | None]]:
     """The paper's top-1 and its standard deviation for each row, in the order of recipes/README.md."""
-    table = read_table()
-    own = {row.name: (row.top1, row.std) for row in rows(table)}
-    by_hand = [other_rows(name) for name, section in table.items() if "pairs" not in section]
-    return own | {name: figures for found in by_hand for name, figures in found.items()}
+    return {row.name: (row.top1, row.std) for row in rows(read_table())}
 
 
 def summarise(results: Sequence[Result], known: Iterable[str]) -> dict[str, dict[str, float]]:

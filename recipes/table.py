@@ -66,10 +66,8 @@ def read_table() -> dict[str, Any]:
 
 
 def rows(table: dict[str, Any]) -> list[Row]:
-    """All rows that have a file written from the table, in its order."""
-    return [
-        row for name, section in table.items() for pair in section.get("pairs", []) for row in _of(name, section, pair)
-    ]
+    """All rows, in the table's order."""
+    return [row for name, section in table.items() for pair in section["pairs"] for row in _of(name, section, pair)]
 
 
 def _of(name: str, section: dict[str, Any], entry: dict[str, Any]) -> list[Row]:
@@ -96,20 +94,10 @@ def _of(name: str, section: dict[str, Any], entry: dict[str, Any]) -> list[Row]:
             Row(
                 f"{name}/{section['files'].format(pair=pair.name, method=key)}",
                 name, pair, key, method["title"], {**networks, **settings}, cell["top1"], cell.get("std"),
-                tuple(filter(None, (method["source"], cell.get("note")))),
+                tuple(filter(None, (method["source"], cell.get("note"), entry["teacher"].get("note")))),
             )
         )  # fmt: skip
     return result
-
-
-def other_rows(section: str) -> dict[str, tuple[float, float | None]]:
-    """Rows that are written by hand, by their names: the paper's top-1 and standard deviation in each file."""
-    found = {}
-    for path in sorted((CONFIGS / section).glob("*.yaml")):
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and "paper_top1" in values:
-            found[f"{section}/{path.stem}"] = (values["paper_top1"], values.get("paper_top1_std"))
-    return found
 
 
 def measured() -> dict[str, Any]:
