@@ -134,7 +134,7 @@ def test_row(recipe, name, images, tmp_path):
     assert (run.row, run.changed, run.arguments.paper_top1) == (f"deit/{name}", [], top1)
     comment = path.read_text().partition("\nteacher:")[0]
     assert f"{top1:.2f} %" in comment and "82.76 %" in comment and "74.42 %" in comment and "not measured" in comment
-    assert ("assumed: not printed" in comment) == (loss == "wttm")
+    assert ("assumed: gamma and beta" in comment) == (loss == "wttm")
     # A folder for each row, whose networks are the same.
     assert run.arguments.folder == f"outputs/deit_{name}"
     # The protocol is the recipe's: a row is its networks, loss and figure.
