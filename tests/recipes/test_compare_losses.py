@@ -164,6 +164,28 @@ def test_every_searched_setting_of_the_digits_is_one_that_the_search_could_find(
         assert method.items() >= searched.items()
 
 
+def test_the_shown_result_is_of_these_settings():
+    import comparison_report
+
+    results = json.loads((ROOT / "docs" / "losses_results.json").read_text())
+    settings = settings_of("digits")
+    for section in ("data", "teacher", "student", "training", "seeds", "methods"):
+        assert results["settings"][section] == settings[section], section
+    assert comparison_report.table_of(results) in (ROOT / "docs" / "losses.md").read_text()
+
+
+def test_the_shown_figures_are_of_these_settings():
+    import comparison_report
+
+    results = json.loads((ROOT / "docs" / "figures_results.json").read_text())
+    settings = yaml.safe_load((ROOT / "recipes" / "configs" / "digits" / "figures.yaml").read_text())
+    assert results["settings"] == settings
+    page = (ROOT / "docs" / "figures.md").read_text()
+    for name in ("ttm", "wttm"):
+        entropies = [run["test"]["entropy"] for run in results["runs"][name]]
+        assert comparison_report.spread(entropies, digits=3) in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "change", "message"),
     [
