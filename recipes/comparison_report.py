@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -118,16 +119,16 @@ def draw_curves(results: Mapping[str, Any], path: Path) -> None:
         (axes[1], "entropy", "Mean entropy H(q) on the validation images (nats)", 1.0),
     ):
         for name, runs in results["runs"].items():
-            steps = [point["step"] for point in runs[0]["curve"]]
+            epochs = [point["step"] / results["steps_per_epoch"] for point in runs[0]["curve"]]
             values = torch.tensor([[scale * point[key] for point in run["curve"]] for run in runs])
             mean, colour = values.mean(dim=0), COLOURS.get(name)
-            axis.plot(steps, mean, color=colour, label=TITLES.get(name, name), linestyle=LINES.get(name, "-"),
+            axis.plot(epochs, mean, color=colour, label=TITLES.get(name, name), linestyle=LINES.get(name, "-"),
                       marker="o", markersize=3)  # fmt: skip
             if len(runs) > 1:
                 deviation = values.std(dim=0)
-                axis.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+                axis.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("Step")
+        axis.set_xlabel("Epoch (passes over all training images)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
@@ -171,6 +172,8 @@ def write(outcome: Comparison, student: torch.nn.Module) -> str:
             parameters=parameters, megabytes=megabytes, latency_ms=latency_ms(network, example)
         )
     results["seconds"] = outcome.seconds
+    batch = outcome.settings["training"]["per_device_train_batch_size"]
+    results["steps_per_epoch"] = math.ceil(len(outcome.data.for_student) / batch)  # type: ignore[arg-type]
     threads = torch.get_num_threads()
     results["machine"] = f"{describe_machine()}, {threads} thread{'s' if threads > 1 else ''}"
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
