@@ -146,7 +146,8 @@ def test_a_spread_student_is_the_whole_one(network, options, tmp_path):
     for spread, whole in both:
         assert spread["spread"] and not whole["spread"]
         assert 0.4 < spread["share"] < 0.6 and whole["share"] == 1
-        assert_equal(spread["weights"], whole["weights"])
+        # Adam divides by the gradient's size, so that the rounding of a small one counts as much as of a large one.
+        assert_equal(spread["weights"], whole["weights"], atol=1e-5 if options == "AdamW" else 1e-6)
         assert spread["losses"] == pytest.approx(whole["losses"], rel=1e-6)
         assert spread["norms"] == pytest.approx(whole["norms"], rel=1e-5)
         assert spread["metrics"] == pytest.approx(whole["metrics"], rel=1e-6)
