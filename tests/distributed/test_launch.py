@@ -139,6 +139,7 @@ def test_two_processes_give_the_student_of_one(launch, one_process, tmp_path):
     assert weights["head.bias"].abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_two_machines_give_the_student_of_one(launch, one_process, tmp_path):
     folder = tmp_path / "out"
     meeting = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))

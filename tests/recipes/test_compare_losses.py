@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,20 @@ def test_each_run_trains_with_what_its_name_says(compared):
         loss, feature = ("ce", loss) if loss in ("crd", "itrd") else (loss, feature or None)
         assert (provenance["loss"], provenance["feature_loss"]) == (loss, feature)
         assert provenance["data"]["train_samples"] == 40
+
+
+def test_a_second_launch_takes_what_is_done_and_trains_the_rest(compared, tmp_path, capsys):
+    import compare_losses
+
+    folder = shutil.copytree(compared.parent, tmp_path / "copy")
+    before = json.loads((folder / "out" / "results.json").read_text())["runs"]
+    (folder / "out" / before["kd"][0]["folder"] / "result.json").unlink()
+    arguments = ["--config", str(folder / "small.yaml"), "--output_dir", str(folder / "out"), "--methods", "ce", "kd"]
+    compare_losses.main(arguments)
+    printed = capsys.readouterr().out
+    assert printed.count("from an earlier launch") == 1 and "Training the teacher" not in printed
+    after = json.loads((folder / "out" / "results.json").read_text())["runs"]
+    assert [after[name][0]["test"] for name in ("ce", "kd")] == [before[name][0]["test"] for name in ("ce", "kd")]
 
 
 def test_methods_are_drawn_where_they_landed(compared, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def test_the_student_is_the_one_that_was_measured(small):
     assert "WTTM" in card and "resnet18" in card
 
 
+@pytest.mark.slow
 def test_a_second_launch_goes_on_where_the_first_stopped(small):
     folder, arguments, _ = small
     before = json.loads((folder / "results.json").read_text())

@@ -275,6 +275,7 @@ def test_parquet_by_data_set_name(recipe, parquet, teacher, tmp_path):
     assert config["label_names"] == list(CLASSES)
 
 
+@pytest.mark.slow
 def test_a_stream_by_plain_python(parquet, teacher, tmp_path):
     columns = {"image_column": "img", "label_column": "digit"}
     # Unshuffled: `datasets` sleeps for 5 seconds at each end of a shuffled stream.
