@@ -69,6 +69,6 @@ def test_the_function_example():
 def test_the_commands_are_one_line_each_and_install_what_they_need():
     commands = re.findall(r"```bash\n(.*?)\n```", README, flags=re.S)
     assert commands[0] == 'pip install -e ".[quickstart]" && accelerate launch recipes/digits_wttm.py'
-    assert commands[1] == 'pip install -e ".[test]" && pytest'
+    assert commands[1] == 'pip install -e ".[test]" && pytest -n 2'
     for script in re.findall(r"recipes/\S+\.(?:py|yaml)", README):
         assert (Path(__file__).parents[1] / script).is_file(), script
