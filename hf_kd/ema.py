@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .files import atomic_write
-from .networks import misfits, unwrap
+from .networks import misfits, uncompiled, unwrap
 
 
 RAW_WEIGHTS = "raw_weights.safetensors"
@@ -147,7 +147,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[int, tuple[str, Tensor]] = {}
     for key, value in unwrap(model).state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
-            tensors.setdefault(id(value), (key.replace("_orig_mod.", ""), value.detach()))
+            tensors.setdefault(id(value), (uncompiled(key), value.detach()))
     return dict(tensors.values())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .networks import num_classes_of, unwrap
+from .networks import num_classes_of, timm_network, unwrap
 
 
 PRE_LOGITS = "pre_logits"
@@ -239,7 +239,7 @@ def _classifiers(network: nn.Module) -> list[nn.Module]:
 
     Two layers for a network that was distilled with a token of its own.
     """
-    get_classifier = getattr(getattr(network, "timm_model", network), "get_classifier", None)
+    get_classifier = getattr(timm_network(network), "get_classifier", None)
     if callable(get_classifier):
         given = get_classifier()
         modules = list(given) if isinstance(given, (tuple, list, nn.ModuleList)) else [given]
@@ -257,7 +257,7 @@ def _classifiers(network: nn.Module) -> list[nn.Module]:
 
 def _prefix_tokens(network: nn.Module) -> int:
     """How many tokens stand before those of the patches."""
-    inner = getattr(network, "timm_model", network)
+    inner = timm_network(network)
     declared = getattr(inner, "num_prefix_tokens", None)
     if isinstance(declared, int):
         return declared

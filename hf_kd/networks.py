@@ -26,6 +26,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
+def timm_network(network: Any) -> Any:
+    """timm's network in transformers' wrapper of it; any other as it is."""
+    return getattr(network, "timm_model", network)
+
+
+def uncompiled(name: str) -> str:
+    """The name of a tensor or module without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
 # ---- Calling -------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +191,7 @@ def _channels_of(network: Any, cfg: Mapping[str, Any]) -> int | None:
     """The channels of a network built for other than colour images; None for colour, or if it cannot be told."""
     names = cfg.get("first_conv")
     name = names if isinstance(names, str) else next(iter(names or ()), "")
-    module = getattr(network, "timm_model", network)
+    module = timm_network(network)
     for part in filter(None, name.split(".")):
         module = getattr(module, part, None)
     channels = getattr(module, "in_channels", None)

@@ -126,6 +126,11 @@ class ReliableTrainer(Trainer):
     def _label_name(self) -> str:
         return self.args.label_names[0]
 
+    @property
+    def _engine(self) -> str | None:
+        """What takes the student apart, "FSDP" or "DeepSpeed", or None."""
+        return "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
+
     def _before_training(self, checkpoint: str | None) -> None:
         """What is to be done when the checkpoint to go on from, if any, is known."""
 
@@ -292,7 +297,7 @@ class ReliableTrainer(Trainer):
         return checkpoint
 
     def _check_engine(self, checkpoint: Path) -> None:
-        own = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
+        own = self._engine
         writer = checkpoints.engine(checkpoint)
         if writer != own:
             written, trains = (f"with {name}" if name else "without FSDP or DeepSpeed" for name in (writer, own))

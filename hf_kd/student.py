@@ -21,7 +21,16 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .files import atomic_write, write_text
-from .networks import check_sequence, fit_channels, hub_id_of, misfits, num_classes_of, unknown_timm_name, unwrap
+from .networks import (
+    check_sequence,
+    fit_channels,
+    hub_id_of,
+    misfits,
+    num_classes_of,
+    uncompiled,
+    unknown_timm_name,
+    unwrap,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -275,11 +284,11 @@ def _read_transformers_weights(model: PreTrainedModel, folder: str | os.PathLike
 def _key_cleaner(model: nn.Module) -> Callable[[str], str]:
     """From a key of a state dict to the bare one, without the prefixes of wrappers (and none of the user's own)."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    own = {name.replace("_orig_mod.", "") for name, _ in named}
+    own = {uncompiled(name) for name, _ in named}
     in_wrapper = isinstance(model, TimmWrapperForImageClassification)
 
     def clean(key: str) -> str:
-        key = key.replace("_orig_mod.", "")
+        key = uncompiled(key)
         if key not in own:
             key = key.removeprefix("module.")
         return key.removeprefix("timm_model.") if in_wrapper else key

@@ -41,7 +41,7 @@ from .losses.feature import build_feature_loss
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
-from .networks import Preprocessing, Signature, logits_of, unwrap
+from .networks import Preprocessing, Signature, logits_of, timm_network, unwrap
 from .preflight import mean_power_sum, teacher_top1
 from .publishing_trainer import PublishingTrainer
 from .reliable_trainer import changed
@@ -123,11 +123,10 @@ class DistillationTrainer(PublishingTrainer):
         if self.average is not None:
             trainer_kwargs["callbacks"] = [self.average, *(trainer_kwargs.get("callbacks") or [])]
         super().__init__(model, args, **trainer_kwargs)
-        if self.average is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+        if self.average is not None and self._engine:
             raise ValueError(
-                f"`ema_decay` does not go with {engine}, which spreads what is averaged over the processes: use a "
-                "launch configuration without it (DDP)."
+                f"`ema_decay` does not go with {self._engine}, which spreads what is averaged over the processes: use "
+                "a launch configuration without it (DDP)."
             )
         if self.compute_loss_func is not None:
             raise ValueError(
@@ -411,11 +410,10 @@ class DistillationTrainer(PublishingTrainer):
 
     def _prepare_features(self, features: FeatureTerm, checkpoint: str | None) -> None:
         """Size the feature loss by the first batch; its parameters are then there for the optimiser."""
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not features.loss.built:
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+        if self._engine and not features.loss.built:
             raise ValueError(
-                f"`feature_loss` does not go with {engine}, which takes the student's modules and parameters apart: "
-                "use a launch configuration without it (DDP)."
+                f"`feature_loss` does not go with {self._engine}, which takes the student's modules and parameters "
+                "apart: use a launch configuration without it (DDP)."
             )
         with _keeping_random_state():
             batch = next(self._batches(self.get_train_dataloader()))
@@ -579,8 +577,7 @@ class DistillationTrainer(PublishingTrainer):
         if self.args.decay_all_parameters:
             return [name for name, _ in model.named_parameters()]
         # A timm network may say that more is exempt, such as position embeddings. By identity: wrappers change names.
-        student = unwrap(model)
-        network = getattr(student, "timm_model", student)
+        network = timm_network(unwrap(model))
         patterns: Collection[str] = getattr(network, "no_weight_decay", tuple)()
         exempt = {id(p) for name, p in network.named_parameters() if any(fnmatch(name, part) for part in patterns)}
         decayed = set(super().get_decay_parameter_names(model))
@@ -669,8 +666,7 @@ class DistillationTrainer(PublishingTrainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if best is None or sharded or not os.path.isfile(os.path.join(best, WEIGHTS)):
+        if best is None or self._engine or not os.path.isfile(os.path.join(best, WEIGHTS)):
             super()._load_best_model()
         else:
             load_student_weights(self.model, best)

@@ -11,22 +11,22 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..labels import IGNORE_INDEX
 from ..models.cifar import CIFAR100_MEAN, CIFAR100_STD
 from ..text import some
 from .images import HubImageDataset, ImageFolderDataset, load_split
+from .in_memory import InMemoryDataset, channel_statistics
 from .plain_pickle import read_plain_pickle
-from .views import EpochMixin, view_seed
+from .views import view_seed
 
 
 CIFAR_SIZE = 32
@@ -349,7 +349,7 @@ _OFFSETS = 2 * _MARGIN + 1
 _PADDED = CIFAR_SIZE + 2 * _MARGIN
 
 
-class CifarDataset(EpochMixin, Dataset):
+class CifarDataset(InMemoryDataset):
     """CIFAR in memory, ready for a network: {"pixel_values": float32 (3, 32, 32), "labels": int64, "index": int64}.
 
     `data`: of [`load_cifar`]; a label of -100 means that there is none. `augment`: the usual training views of CIFAR,
@@ -381,27 +381,16 @@ class CifarDataset(EpochMixin, Dataset):
                 f"{tuple(labels.shape)}."
             )
         _check_labels(labels.numpy(), len(class_names), "`data`")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"`mean` and `std` must hold 3 numbers (std positive), got {list(mean)} and {list(std)}.")
+        self._mean, self._std = channel_statistics(mean, std)
 
         self._init_epoch()
         self.images, self.labels = images, labels
         self.class_names = list(class_names)
         self.num_classes = len(self.class_names)
         self.augment, self.seed = augment, seed
-        self._mean, self._std = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std))
         self._drawn: tuple[int, Tensor] | None = None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        batch = self.__getitems__([index])
-        return {"pixel_values": batch["pixel_values"][0], "labels": batch["labels"][0], "index": index}
-
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A whole batch at once: {"pixel_values": (B, 3, 32, 32), "labels": (B,), "index": (B,)}."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         pixels = self.images.index_select(0, rows)
         if self.augment:

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from ..labels import IGNORE_INDEX
-from .views import EpochMixin, view_seed
+from .in_memory import InMemoryDataset, channel_statistics
+from .views import view_seed
 
 
 # Of the padded 32 x 32 pictures (pixels / 255) of the training split that load_digits() gives by default.
@@ -76,7 +76,7 @@ def load_digits(seed: int = 0, sizes: Sequence[int] = (3500, 500, 1000)) -> Digi
     return DigitsSplits(*splits)
 
 
-class DigitsDataset(EpochMixin, Dataset):
+class DigitsDataset(InMemoryDataset):
     """Digits in memory, ready for a network: {"pixel_values": float32 (3, 32, 32), "labels": int64, "index": int64}.
 
     The 28 x 28 digits are padded with black to 32 x 32 and repeated to three channels, so that any pipeline that turns
@@ -116,8 +116,7 @@ class DigitsDataset(EpochMixin, Dataset):
         classes = len(DIGITS_CLASS_NAMES)
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"`labels` must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}.")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"`mean` and `std` must hold 3 numbers (std positive), got {list(mean)} and {list(std)}.")
+        centre, scale = channel_statistics(mean, std)
 
         if int(shift) != shift or shift < 0:
             raise ValueError(f"`shift` must be a whole number of pixels, at least 0, got {shift!r}.")
@@ -130,7 +129,6 @@ class DigitsDataset(EpochMixin, Dataset):
         self.true_labels = torch.from_numpy(labels.astype(np.int64))
         self.labels = self._hide(self.true_labels, labelled, seed)
         grey = torch.from_numpy(self.images).to(torch.float32).div(255)[:, None]
-        centre, scale = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (mean, std))
         normalised = (grey - centre) / scale
         # Three equal channels are kept as one: a third of the memory, and a batch is copied in half the time.
         same = len(set(mean)) == 1 and len(set(std)) == 1
@@ -154,16 +152,7 @@ class DigitsDataset(EpochMixin, Dataset):
             shown[torch.from_numpy(rng.permutation(rows)[: int(labelled)])] = digit
         return shown
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        batch = self.__getitems__([index])
-        return {"pixel_values": batch["pixel_values"][0], "labels": batch["labels"][0], "index": index}
-
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A whole batch at once: {"pixel_values": (B, 3, 32, 32), "labels": (B,), "index": (B,)}."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         pixels = self._pixels.index_select(0, rows)
         if self.shift:
