@@ -23,11 +23,13 @@ from typing import Any
 from accelerate.utils import get_int_from_env
 from common import folder_name
 from fetch import check_sha256, fetch, sha256_of
-from rows import CONFIGS, Recipe, RowArguments, build_pair, check_classes, row_name, run_recipe
+from rows import Recipe, RowArguments, build_pair, check_classes, row_name, run_recipe
+from table import CONFIGS
 
 import hf_kd.models.cifar  # noqa: F401 - registers the networks with timm
 from hf_kd import DistillationConfig, DistillationTrainer
 from hf_kd.data import CIFAR100_MEAN, CIFAR100_STD, CifarDataset, load_cifar
+from hf_kd.data.cifar import CIFAR_SIZE
 
 
 # The CRD protocol's published teachers: each is NAME/ckpt_epoch_240.pth.
@@ -59,6 +61,15 @@ DEFAULTS = {
     "per_device_eval_batch_size": 256,
     # The images are in memory, and augmented a batch at a time: workers would only pass them on.
     "dataloader_num_workers": 0,
+}
+
+# How the images are prepared: arguments of create_student.
+IMAGES = {
+    "img_size": CIFAR_SIZE,
+    "mean": CIFAR100_MEAN,
+    "std": CIFAR100_STD,
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
 }
 
 
@@ -168,14 +179,7 @@ def build_data(recipe: CifarArguments, config: DistillationConfig) -> tuple[Cifa
 def build_trainer(recipe: CifarArguments, config: DistillationConfig) -> DistillationTrainer:
     # First: it is soon done, and what is missing is soon told.
     find_teacher(recipe, config)
-    settings = {
-        "img_size": 32,
-        "mean": CIFAR100_MEAN,
-        "std": CIFAR100_STD,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-    }
-    return build_pair(recipe, config, *build_data(recipe, config), settings)
+    return build_pair(recipe, config, *build_data(recipe, config), IMAGES)
 
 
 RECIPE = Recipe(

@@ -18,11 +18,11 @@ from typing import Any
 import comparison
 import comparison_report as report
 import torch
+from cifar100_wttm import IMAGES as CIFAR_IMAGES
 from comparison import Comparison, Data
 from digits_wttm import DIGITS_IMAGES
 
-from hf_kd.data import CIFAR100_MEAN, CIFAR100_STD, CifarDataset, CifarImages, DigitsDataset, load_cifar, load_digits
-from hf_kd.data.cifar import CIFAR_SIZE
+from hf_kd.data import CifarDataset, CifarImages, DigitsDataset, load_cifar, load_digits
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "comparison" / "digits.yaml"
@@ -77,15 +77,7 @@ def build_cifar(data: dict[str, Any]) -> Data:
         for_labels_alone=students,
         validation=CifarDataset(part(held_out)),
         test=CifarDataset(test),
-        images={
-            "num_classes": len(train.class_names),
-            "label_names": train.class_names,
-            "img_size": CIFAR_SIZE,
-            "mean": CIFAR100_MEAN,
-            "std": CIFAR100_STD,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-        },
+        images={"num_classes": len(train.class_names), "label_names": train.class_names, **CIFAR_IMAGES},
         fixed_views=False,
         name=str(data["source"]),
         description=f"{len(students):,} images of {data['source']}, cropped and mirrored; the teacher saw the same",

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,14 @@ class TrainedTeacher:
     """The teacher of all students, and what it says of the images, asked once."""
 
     def __init__(self, network: torch.nn.Module, name: str, data: Data) -> None:
-        self.network, self.name = network, name
+        self.network, self.name, self._data = network, name, data
         self.top1 = summarise(per_sample_statistics(*outputs_on(network, data.validation)))["top1"]
-        self.test_logits, self.test_labels = outputs_on(network, data.test)
         self._stored = StoredLogits(outputs_on(network, data.for_student)[0]) if data.fixed_views else None
+
+    @cached_property
+    def on_test(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its logits on the test images, and their labels; a search does not ask."""
+        return outputs_on(self.network, self._data.test)
 
     def of(self, fields: dict[str, Any]) -> Teacher:
         """What a method's trainer gets: a loss on features needs the network itself."""
@@ -168,25 +173,27 @@ def train_student(
     return trainer, time.perf_counter() - start
 
 
-def measure(trainer: DistillationTrainer, seconds: float, data: Data, teacher: TrainedTeacher) -> dict[str, Any]:
-    """Everything that is reported of one finished student, whose folder gets what figures are drawn from."""
-    logits, labels = outputs_on(trainer.model, data.test)
+def keep(trainer: DistillationTrainer, logits: torch.Tensor, data: Data, teacher: TrainedTeacher) -> None:
+    """Leave a finished student in its folder, with what figures are drawn from."""
+    trainer.save_model()
     trainer.save_state()
-    save_logits(
-        str(trainer.args.output_dir),
-        logits,
-        labels,
-        teacher.test_logits,
-        gamma=trainer.args.gamma,
-        class_names=data.images["label_names"],
-    )
+    of_teacher, labels = teacher.on_test
+    names = data.images["label_names"]
+    save_logits(trainer.args.output_dir, logits, labels, of_teacher, gamma=trainer.args.gamma, class_names=names)
+
+
+def measure(
+    trainer: DistillationTrainer, logits: torch.Tensor, seconds: float, teacher: TrainedTeacher
+) -> dict[str, Any]:
+    """Everything that is reported of one finished student, whose logits on the test images these are."""
+    of_teacher, labels = teacher.on_test
     curve = [
         {key.removeprefix("eval_"): entry[key] for key in ("step", "eval_top1", "eval_nll", "eval_entropy")}
         for entry in trainer.state.log_history
         if "eval_top1" in entry
     ]
     return {
-        "test": summarise(per_sample_statistics(logits, labels, teacher.test_logits)),
+        "test": summarise(per_sample_statistics(logits, labels, of_teacher)),
         "curve": curve,
         "beta": trainer.beta,
         "seconds": seconds,
@@ -209,8 +216,9 @@ def compare(settings: dict[str, Any], data: Data, teacher: TrainedTeacher, folde
             result, note = json.loads(finished.read_text(encoding="utf-8")), "from an earlier launch"
         else:
             trainer, seconds = train_student(settings, fields, seed, data, teacher, run)
-            trainer.save_model()
-            result, note = measure(trainer, seconds, data, teacher), f"{seconds:.1f} s"
+            logits, _ = outputs_on(trainer.model, data.test)
+            keep(trainer, logits, data, teacher)
+            result, note = measure(trainer, logits, seconds, teacher), f"{seconds:.1f} s"
             # Whole or not at all: its presence is what says that the run is done.
             write_text(finished, json.dumps(result) + "\n")
         results[name].append({"seed": seed, "folder": str(run.relative_to(folder)), **result})
@@ -219,7 +227,7 @@ def compare(settings: dict[str, Any], data: Data, teacher: TrainedTeacher, folde
             f"[{number:2d}/{len(jobs)}] {name:<14} seed {seed}: validation top-1 {100 * last['top1']:.1f} %  ({note})",
             flush=True,
         )
-    of_teacher = summarise(per_sample_statistics(teacher.test_logits, teacher.test_labels))
+    of_teacher = summarise(per_sample_statistics(*teacher.on_test))
     return {"settings": settings, "teacher": {**of_teacher, "name": teacher.name}, "runs": results}
 
 

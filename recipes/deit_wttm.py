@@ -30,7 +30,8 @@ from typing import Any, ClassVar
 import imagenet_wttm
 import torch
 from imagenet_wttm import ImageNetArguments
-from rows import CONFIGS, Recipe, RowArguments, run_recipe
+from rows import Recipe, RowArguments, run_recipe
+from table import CONFIGS
 from transformers import get_scheduler
 
 from hf_kd import DistillationConfig, DistillationTrainer

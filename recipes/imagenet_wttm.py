@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common import folder_name
-from rows import CONFIGS, Recipe, RowArguments, build_pair, check_classes, run_recipe
+from rows import Recipe, RowArguments, build_pair, check_classes, run_recipe
+from table import CONFIGS
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hf_kd import DistillationConfig, DistillationTrainer

@@ -22,10 +22,7 @@ from typing import Any
 
 import yaml
 from make_configs import README, figure, markdown_table, page
-from table import MEASURED, measured, read_table, rows
-
-
-RESULTS = "results.json"
+from table import MEASURED, RESULTS, measured, read_table, rows
 
 
 @dataclass(frozen=True)

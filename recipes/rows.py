@@ -6,10 +6,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from common import (
@@ -23,6 +24,7 @@ from common import (
     share_batch,
 )
 from fetch import sha256_of
+from table import CONFIGS, RESULTS, SOURCE
 from transformers import set_seed
 
 from hf_kd import DistillationConfig, DistillationTrainer, create_student
@@ -31,8 +33,6 @@ from hf_kd.launch import check_launch, launched_processes
 from hf_kd.text import some
 
 
-CONFIGS = Path(__file__).parent / "configs"
-RESULTS = "results.json"
 METRICS = ("top1", "top5", "nll", "ece", "entropy", "teacher_agreement", "teacher_divergence")
 
 # What changes what is learnt, beside a recipe's protocol: a result is the row's only if none of it was changed.
@@ -46,7 +46,7 @@ _SETTINGS = (
 
 
 @dataclass
-class RowArguments:
+class RowArguments(ABC):
     """What every recipe needs beyond DistillationConfig. A recipe adds where its data are."""
 
     config: str = field(default="", metadata={"help": "YAML file with any of these fields; one for each paper row."})
@@ -91,25 +91,19 @@ class RowArguments:
             raise ValueError(f"`seeds` must be at least 1, got {self.seeds}.")
 
     @property
+    @abstractmethod
     def folder(self) -> str:
         """Where a run lands that is not told where to."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def source(self) -> str | list[str]:
         """Where the images come from: a data set's name, or folders."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def card(self) -> dict[str, Any]:
         """What the student's card says of the data: arguments of create_model_card."""
-        raise NotImplementedError
-
-
-class BuildTrainer(Protocol):
-    """Data, student and trainer of one run."""
-
-    def __call__(self, arguments: Any, config: DistillationConfig) -> DistillationTrainer: ...
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Recipe:
         defaults: the row that runs when none is named, and how a run goes, rather than what it computes.
         settings: further arguments that change what is learnt.
         full_data: the numbers of "data" in results.json on the whole of the row's data set.
-        build: makes the trainer of a run.
+        build: from its arguments and configuration, makes the trainer of a run.
         places: settings that say where something lies and not what it is: another one makes no other row.
     """
 
@@ -133,7 +127,7 @@ class Recipe:
     defaults: Mapping[str, Any]
     settings: tuple[str, ...]
     full_data: Mapping[str, int]
-    build: BuildTrainer
+    build: Callable[[Any, DistillationConfig], DistillationTrainer]
     places: tuple[str, ...] = ()
 
     @property
@@ -351,7 +345,7 @@ def collect_results(recipe: Recipe, run: Run, trainer: DistillationTrainer, seco
     if arguments.paper_top1 is not None:
         results["paper"] = {
             "note": "The paper's figure, not measured with this code.",
-            "source": "arXiv 2402.11148",
+            "source": SOURCE,
             "top1": round(arguments.paper_top1 / 100, 6),
         }
         if arguments.paper_top1_std is not None:

@@ -12,6 +12,8 @@ import yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 TABLE = CONFIGS / "table.yaml"
+RESULTS = "results.json"
+"""What a run of a row leaves in its folder."""
 MEASURED = CONFIGS / "measured.yaml"
 SOURCE = "arXiv 2402.11148"
 

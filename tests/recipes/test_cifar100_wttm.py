@@ -16,6 +16,7 @@ from file_server import serving
 from safetensors.torch import load_file
 
 import hf_kd.models.cifar  # noqa: F401 - registers the networks
+from hf_kd.data import CifarDataset, load_cifar
 
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +196,7 @@ def whole(data, checkpoint, folder, **options):
     return arguments(data, folder, **{**SMALL, **own, "config": row, **options})
 
 
-def test_a_run_and_its_results(finished, checkpoint):
+def test_a_run_and_its_results(finished, data, checkpoint):
     results = json.loads((finished / "results.json").read_text())
     assert results["row"] == "cifar100/wrn_40_2_wrn_16_2/wttm_crd"
     assert set(results["this_run_differs_in"]) == {
@@ -203,7 +204,13 @@ def test_a_run_and_its_results(finished, checkpoint):
     }  # fmt: skip
     assert (results["paper"]["top1"], results["paper"]["top1_std"]) == (0.7661, 0.0024)
     assert (results["data"]["classes"], results["data"]["train_samples"]) == (100, 20)
+    teacher = timm.create_model("cifar_resnet8", num_classes=100).eval()
+    teacher.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+    test = CifarDataset(load_cifar(data, split="test")).__getitems__(range(10))
+    with torch.no_grad():
+        right = teacher(test["pixel_values"]).argmax(dim=-1) == test["labels"]
     assert results["teacher"]["id"] == "cifar_resnet8" and results["teacher"]["top1"] is not None
+    assert results["teacher"]["top1"] == pytest.approx(right.double().mean().item())
     assert results["teacher"]["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert (results["objective"]["gamma"], results["objective"]["feature_weight"]) == (0.1, 0.8)
     assert results["training"]["steps_done"] == len(log_of(finished)) == 4

@@ -195,6 +195,8 @@ def test_the_shown_figures_are_of_these_settings():
     results = json.loads((ROOT / "docs" / "figures_results.json").read_text())
     settings = yaml.safe_load((ROOT / "recipes" / "configs" / "digits" / "figures.yaml").read_text())
     assert results["settings"] == settings
+    quickstart = yaml.safe_load((ROOT / "recipes" / "configs" / "digits" / "wttm.yaml").read_text())
+    assert all(settings[section] == quickstart[section] for section in ("data", "teacher", "student"))
     page = (ROOT / "docs" / "figures.md").read_text()
     for name in ("ttm", "wttm"):
         entropies = [run["test"]["entropy"] for run in results["runs"][name]]
