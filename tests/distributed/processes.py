@@ -108,6 +108,8 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
 def _run(pipe: Any, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.setpgid(0, 0)
     faulthandler.enable()
+    # As in a terminal: where the tests run in the background, a shell has them and their children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in _LAUNCH_VARIABLES:
         os.environ.pop(name, None)
     os.environ.update(environment)
