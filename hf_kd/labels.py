@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .losses.functional import IGNORE_INDEX
@@ -31,7 +32,10 @@ def normalise_labels(labels: Tensor, classes: int | None) -> Tensor:
             f"probabilities (B, {classes or 'classes'})."
         )
     labels = labels.long()
-    if classes is not None and labels.device.type == "cpu":
+    if classes is not None and labels.device.type == "cpu" and labels.numel():
+        lowest, highest = torch.aminmax(labels)
+        if lowest >= 0 and highest < classes:
+            return labels
         wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= classes)]
         if len(wrong):
             raise ValueError(

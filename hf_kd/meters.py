@@ -16,19 +16,23 @@ class Meters:
 
     def __init__(self, *, drop_nonfinite: bool = False) -> None:
         self.drop_nonfinite = drop_nonfinite
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, int | Tensor]] = {}
 
-    def add(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Add a sum over ``count`` samples, both scalars."""
-        pair = torch.stack([total.detach(), count.detach().to(total.dtype)])
+    def add(self, name: str, total: Tensor, count: int | Tensor) -> None:
+        """Add a sum over ``count`` samples, a scalar."""
+        total = total.detach()
         if self.drop_nonfinite:
-            pair = torch.where(torch.isfinite(pair[0]), pair, 0.0)
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            finite = torch.isfinite(total)
+            total, count = torch.where(finite, total, 0.0), finite * count
+        if name in self._sums:
+            # Never in place: what was given may be part of a graph that is still needed.
+            total, count = self._sums[name][0] + total, self._sums[name][1] + count
+        self._sums[name] = total, count
 
     def add_values(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
         """Add one value per sample; where ``mask`` is False there is none."""
         if mask is None:
-            self.add(name, values.sum(), torch.tensor(values.numel(), device=values.device))
+            self.add(name, values.sum(), values.numel())
         else:
             self.add(name, torch.where(mask, values, 0.0).sum(), mask.sum())
 
@@ -37,7 +41,8 @@ class Meters:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        stacked = torch.stack([self._sums[name].float() for name in names])
-        sums = accelerator.reduce(stacked, reduction="sum")
+        pairs = [(total.float(), torch.as_tensor(count, dtype=torch.float32, device=total.device))
+                 for total, count in map(self._sums.__getitem__, names)]  # fmt: skip
+        sums = accelerator.reduce(torch.stack([torch.stack(pair) for pair in pairs]), reduction="sum")
         self._sums = {}
         return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}

@@ -104,6 +104,8 @@ class FiniteGuard:
         if accelerator.scaler is not None or norm is None:
             self._loss_of_step = None
             return
+        if self.policy == "raise" and not self.deferred and math.isfinite(norm):
+            return
         norm = torch.as_tensor(norm, device=accelerator.device)
         bad = ~torch.isfinite(norm.detach())
         if self.deferred:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -35,6 +35,7 @@ from .data.collate import collate
 from .data.padding import Numbered, mark_padding
 from .data.views import EpochCallback
 from .launch import check_launch
+from .lean_steps import clip_gradients, staying_in_train_mode
 from .networks import num_classes_of, unwrap
 from .nonfinite import FiniteGuard
 from .preemption import EXIT_STATUS, PreemptionCallback
@@ -94,6 +95,9 @@ class ReliableTrainer(Trainer):
             self.args.on_nonfinite, self.args.max_nonfinite_steps, deferred=self.args.device.type != "cpu"
         )
         self._step_batches: list[dict[str, Any]] = []
+        # Of the epoch under way: asking a network for them in every step takes longer than some of its layers.
+        self._network: nn.Module = unwrap(self.model)
+        self._parameters: list[nn.Parameter] = []
         self._counted_step = 0
         self._save_total_limit = self.args.save_total_limit
         self._skipping: dict[tuple[int, bool], SkippingDataset] = {}
@@ -156,6 +160,15 @@ class ReliableTrainer(Trainer):
             self._share([*self.model.parameters(), *self.model.buffers()])
         return super()._prepare_for_training(*args, **kwargs)
 
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]
+        self, args: TrainingArguments, model: Any = None
+    ) -> tuple[Any, Any]:
+        optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
+        if optimizer is torch.optim.SGD and not self._engine:
+            # In one call for all parameters: the same update but for rounding, in a fourth of the time.
+            options = {"fused": True, **options}
+        return optimizer, options
+
     @torch.no_grad()
     def _share(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the first one's values."""
@@ -208,9 +221,9 @@ class ReliableTrainer(Trainer):
             parameter.grad = None
         if not batches:
             return batches, None
-        kind = (self._label_name, self._student_classes, self.args.device)
-        pairs = [torch.stack([count_samples(batch, *kind), count_labels(batch, *kind)]) for batch in batches]
-        own = torch.stack(pairs).sum(dim=0)
+        kind = (self._label_name, self._student_classes)
+        counts = (sum(count(batch, *kind) for batch in batches) for count in (count_samples, count_labels))
+        own = torch.stack([torch.as_tensor(count, device=self.args.device) for count in counts])
         summed = self._preemption.share(own, self.accelerator)
         return batches, summed if self.args.average_tokens_across_devices else own
 
@@ -335,19 +348,30 @@ class ReliableTrainer(Trainer):
 
     # ---- Steps that are not finite ----------------------------------------------------------------------------------
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._network, self._parameters = unwrap(model), list(model.parameters())
         # Trainer asks after a step whether it was the last, so a finished run that is resumed would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(model, *args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        with staying_in_train_mode(model, self._network):
+            loss = super().training_step(model, *args, **kwargs)
         # A step that is skipped is left out of the average that is logged.
         return torch.where(torch.isfinite(loss), loss, 0.0) if self.args.on_nonfinite == "skip" else loss
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self._engine:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return clip_gradients(self._parameters, self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and not self._engine:
+            self.accelerator.unscale_gradients()
+            grad_norm = clip_gradients(self._parameters, None)
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         step = self.state.global_step + 1

@@ -24,23 +24,23 @@ def sample_mask(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
     return real if mask is None else mask & real
 
 
-def count_samples(inputs: Mapping[str, Any], label_name: str, classes: int | None, device: torch.device) -> Tensor:
-    """How many samples a batch has, a scalar tensor."""
+def count_samples(inputs: Mapping[str, Any], label_name: str, classes: int | None) -> int | Tensor:
+    """How many samples a batch has: a number, or a scalar tensor where that depends on values on a device."""
     labels = inputs.get(label_name)
-    rows = torch.Size([find_batch_size(inputs) or 0])
-    shape = rows if labels is None or is_soft(labels, classes) else labels.shape
+    rows = labels is None or is_soft(labels, classes)
+    shape: torch.Size = torch.Size([find_batch_size(inputs) or 0]) if rows else inputs[label_name].shape
     mask = sample_mask(inputs, shape)
-    return torch.tensor(shape.numel(), device=device) if mask is None else mask.sum().to(device)
+    return shape.numel() if mask is None else mask.sum()
 
 
-def count_labels(inputs: Mapping[str, Any], label_name: str, classes: int | None, device: torch.device) -> Tensor:
-    """How many samples of a batch have a label, a scalar tensor."""
+def count_labels(inputs: Mapping[str, Any], label_name: str, classes: int | None) -> int | Tensor:
+    """How many samples of a batch have a label, likewise."""
     labels = inputs.get(label_name)
     if labels is None:
-        return torch.tensor(0, device=device)
+        return 0
     if is_soft(labels, classes):
-        return count_samples(inputs, label_name, classes, device)
-    return without_repeats(labels, inputs.get(SAMPLE_MASK)).ne(IGNORE_INDEX).sum().to(device)
+        return count_samples(inputs, label_name, classes)
+    return without_repeats(labels, inputs.get(SAMPLE_MASK)).ne(IGNORE_INDEX).sum()
 
 
 def without_repeats(labels: Tensor, real: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ def watched(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def products(terms: Mapping[str, Tensor], logits: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def products(terms: Mapping[str, Tensor], logits: Tensor, scale: float | Tensor) -> dict[str, Tensor]:
     """Squares and product of the terms' gradients, summed over the samples of a batch: scalars.
 
     Args:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import operator
 import os
 import platform
 import random
@@ -36,6 +38,7 @@ from .ema import RAW_WEIGHTS, WeightAverage, load_raw_weights
 from .feature_term import FeatureTerm
 from .files import atomic_write, write_text
 from .labels import is_soft, normalise_labels
+from .lean_steps import step_directly
 from .losses import Outputs, functional
 from .losses.feature import build_feature_loss
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
@@ -283,8 +286,8 @@ class DistillationTrainer(PublishingTrainer):
                 f"{tuple(student.logits.shape)} for the same batch: give `class_map` (config: teacher_class_map) if "
                 "they have different classes."
             )
-        own_samples = count_samples(inputs, self._label_name, self._student_classes, self.args.device)
-        step_samples, step_labels = (own_samples, None) if num_items_in_batch is None else num_items_in_batch
+        own_samples = count_samples(inputs, self._label_name, self._student_classes)
+        step_samples, step_labels = (own_samples, None) if num_items_in_batch is None else _numbers(num_items_in_batch)
         # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
         processes = 1 if num_items_in_batch is None else self._loss_scale
         mask = student.mask = sample_mask(inputs, student.logits.shape[:-1])
@@ -304,42 +307,47 @@ class DistillationTrainer(PublishingTrainer):
                 mask=mask if SAMPLE_MASK in inputs else None,
             )
             step_labels = labelled if step_labels is None else step_labels
-            terms["ce"] = self.args.ce_weight * processes * ce / step_labels.clamp_min(1)
+            terms["ce"] = self.args.ce_weight * processes * ce / _at_least_one(step_labels)
             self._meters.add("ce", ce, labelled)
         if teacher is not None and self.args.uses_logits:
             if self.beta is None:
                 self.beta = self._measure_beta()
             parts = self.compute_distillation_loss(student, teacher, inputs)
             parts = parts if isinstance(parts, dict) else {"distill": parts}
-            mean = self._means(parts, own_samples, mask)["distill"]
-            terms["distill"] = self.beta * processes * mean * own_samples / step_samples
+            total = self._totals(parts, own_samples, mask)["distill"]
+            terms["distill"] = self.beta * processes * total / step_samples
         if self.features is not None:
-            mean = self._means(self.features(labels, inputs.get("index")), own_samples, mask)["feature"]
-            terms["feature"] = self.args.feature_weight * processes * mean * own_samples / step_samples
+            total = self._totals(self.features(labels, inputs.get("index")), own_samples, mask)["feature"]
+            terms["feature"] = self.args.feature_weight * processes * total / step_samples
         with torch.no_grad():
             self._meters.add_values("student_entropy", functional.entropy(student.log_probs), mask)
             if self.args.log_analysis:
                 if teacher is not None:
                     found = functional.matching_statistics(student.log_probs, teacher.logits, self.args.gamma or 1.0)
                     # What the loss logs already stays as it is.
-                    self._means({key: found[key] for key in found.keys() - parts.keys()}, own_samples, mask)
+                    self._totals({key: found[key] for key in found.keys() - parts.keys()}, own_samples, mask)
                 gradients = term_gradients.products(terms, student.logits, step_samples / processes)
                 for name, total in gradients.items():
                     self._meters.add(name, total, own_samples)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = functools.reduce(operator.add, terms.values())
         self._guard.watch_loss(loss, terms, student, teacher, inputs, self.state.global_step + 1)
         return (loss, student.raw) if return_outputs else loss
 
-    def _means(self, parts: Mapping[str, Tensor], own_samples: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Means over the samples of what a loss gives, which are logged too."""
-        means = {}
+    def _totals(
+        self, parts: Mapping[str, Tensor], own_samples: int | Tensor, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What a loss gives as sums over the samples: its means times their number. They are logged too."""
+        totals = {}
         for name, value in parts.items():
             if mask is not None and value.shape == mask.shape:
-                means[name] = torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
+                mean = torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
+                totals[name] = mean * own_samples
+            elif isinstance(own_samples, int) and value.numel() == own_samples:
+                totals[name] = value.sum()
             else:
-                means[name] = value.mean()
-            self._meters.add(name, means[name] * own_samples, own_samples)
-        return means
+                totals[name] = value.mean() * own_samples
+            self._meters.add(name, totals[name], own_samples)
+        return totals
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
         args, kwargs = self._student_signature.select(self._with_usual_label_name(inputs))
@@ -595,6 +603,10 @@ class DistillationTrainer(PublishingTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> Any:
+        # Trainer makes the optimiser first.
+        optimizer = cast(Optimizer, self.optimizer if optimizer is None else optimizer)
+        # Before there is a scheduler, which counts the steps in the function that it finds.
+        step_directly(optimizer)
         if not self.args.lr_milestones or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self._steps_per_epoch is None:
@@ -608,8 +620,7 @@ class DistillationTrainer(PublishingTrainer):
         def factor(step: int) -> float:
             return min(1.0, (step + 1) / (warmup + 1)) * self.args.lr_decay ** bisect_right(milestones, step)
 
-        # Trainer makes the optimiser first.
-        self.lr_scheduler = LambdaLR(cast(Optimizer, self.optimizer if optimizer is None else optimizer), factor)
+        self.lr_scheduler = LambdaLR(optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -796,6 +807,15 @@ def _class_names(data: Any, label_name: str) -> list[str] | None:
     features = getattr(data, "features", None)
     label = features.get(label_name) if isinstance(features, Mapping) else None
     return getattr(data, "class_names", None) or getattr(label, "names", None)
+
+
+def _numbers(counts: Tensor) -> list[int] | tuple[Tensor, ...]:
+    """Counts as numbers where reading them costs nothing, else as scalars on their device."""
+    return counts.tolist() if counts.device.type == "cpu" else counts.unbind()
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _is_float(value: Any) -> bool:

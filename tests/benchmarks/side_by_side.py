@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -89,7 +90,7 @@ class _Runner:
         self._steps.append((time.perf_counter(), time.process_time()))
         if len(self._steps) < self._block + 1:
             return
-        wall, cpu = ([later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        wall, cpu = ([later - earlier for earlier, later in itertools.pairwise(times)]
                      for times in zip(*self._steps, strict=True))  # fmt: skip
         self.turns.append({"wall": 1000 * statistics.median(wall), "cpu": 1000 * statistics.median(cpu)})
         self._steps = []
@@ -100,7 +101,9 @@ class _Runner:
 # ---- What is done with the times -----------------------------------------------------------------------------------
 
 
-def ratios(times: Mapping[str, Sequence[Mapping[str, float]]], baseline: str, kind: str) -> dict[str, dict[str, float]]:
+def ratios(
+    times: Mapping[str, Sequence[Mapping[str, float]]], baseline: str, kind: str
+) -> dict[str, dict[str, float]]:
     """Each loop's time as a share of the baseline's in the same round: median, lowest and highest over the rounds."""
     found = {}
     for name, turns in times.items():

@@ -201,11 +201,21 @@ def torchdistill_box(work: Workload, steps: int) -> Loop:
             "num_epochs": 1,
             "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False, "forward_hook": {}},
             "student": {"forward_proc": "forward_batch_only", "forward_hook": {}},
-            "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"kd": {"criterion": term, "weight": 1.0}}}},
+            "criterion": {
+                "key": "WeightedSumLoss",
+                "kwargs": {"sub_terms": {"kd": {"criterion": term, "weight": 1.0}}},
+            },
             "optimizer": {"key": "SGD", "kwargs": dict(SGD)},
         }
         box = get_distillation_box(
-            work.teacher, student, {}, config, device=torch.device("cpu"), device_ids=[], distributed=False, lr_factor=1
+            work.teacher,
+            student,
+            {},
+            config,
+            device=torch.device("cpu"),
+            device_ids=[],
+            distributed=False,
+            lr_factor=1,
         )
         for batch in work.batches(steps):
             loss = box.forward_process(batch["pixel_values"], batch["labels"], None)
