@@ -169,10 +169,11 @@ def test_sigkill_in_the_middle_of_a_checkpoint(name, uninterrupted, tmp_path):
     assert_identical(tmp_path, uninterrupted()[0])
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_ctrl_c(share, uninterrupted, tmp_path):
-    reference, seconds = uninterrupted()
-    assert kill_when(after(share * seconds), tmp_path, signal.SIGINT) != 0
+@pytest.mark.parametrize("step", [1, STEPS // 2])
+def test_ctrl_c(step, uninterrupted, tmp_path):
+    reference, _ = uninterrupted()
+    # In a step: while Python collects garbage before the first one, an interrupt can be lost in a __del__.
+    assert kill_when(after_step(tmp_path, step), tmp_path, signal.SIGINT) != 0
     run_processes(train, 1, tmp_path)
     assert_identical(tmp_path, reference)
 
