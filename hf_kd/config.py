@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
@@ -178,7 +179,8 @@ class DistillationConfig(TrainingArguments):
     ends training with a checkpoint at the end of the step, on all processes alike, unless `save_strategy` is `"no"`;
     `ddp_find_unused_parameters` is `False` (was: `True` for most models, which costs time in every step): set it for a
     student with parameters that do not take part in every step. `dataloader_drop_last` is for training alone:
-    evaluation is always over all samples.
+    evaluation is always over all samples. In `accelerator_config`, `non_blocking` is `True` on an accelerator whose
+    batches are pinned (was `False`: every batch's copy then waits until the device has done all it was given).
     """
 
     # --- The objective ---
@@ -342,12 +344,16 @@ class DistillationConfig(TrainingArguments):
         if runs_on_cpus() and not self.ddp_backend:
             # Accelerate joins them only if told so.
             self.use_cpu = True
+        loading = self.accelerator_config or {}
         super().__post_init__()
         if self.save_strategy == SaveStrategy.NO:
             self.enable_jit_checkpoint = False
         if self.device.type == "cpu":
             # Nothing to pin for; torch would warn about it in every epoch.
             self.dataloader_pin_memory = False
+        elif self.dataloader_pin_memory and isinstance(loading, dict) and "non_blocking" not in loading:
+            # From pinned memory a copy needs no waiting for it, nor for the work before it.
+            cast(AcceleratorConfig, self.accelerator_config).non_blocking = True
 
     @property
     def uses_teacher(self) -> bool:

@@ -34,6 +34,7 @@ from .data.bad_samples import BadSampleReport, SkippingDataset
 from .data.collate import collate
 from .data.padding import Numbered, mark_padding
 from .data.views import EpochCallback
+from .data_wait import DataWait
 from .launch import check_launch
 from .lean_steps import clip_gradients, staying_in_train_mode
 from .networks import num_classes_of, unwrap
@@ -94,6 +95,7 @@ class ReliableTrainer(Trainer):
         self._guard = FiniteGuard(
             self.args.on_nonfinite, self.args.max_nonfinite_steps, deferred=self.args.device.type != "cpu"
         )
+        self._data_wait = DataWait(self.args.device, self.args.dataloader_num_workers)
         self._step_batches: list[dict[str, Any]] = []
         # Of the epoch under way: asking a network for them in every step takes longer than some of its layers.
         self._network: nn.Module = unwrap(self.model)
@@ -214,7 +216,9 @@ class ReliableTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of an optimiser step, and how many samples and labels, (2,), they have over all processes."""
+        self._data_wait.begin()
         batches = [mark_padding(batch, self.accelerator) for batch in itertools.islice(epoch_iterator, num_batches)]
+        self._data_wait.arrived()
         self._step_batches = batches
         # Trainer empties the student's gradients alone.
         for parameter in self._other_parameters():
@@ -389,6 +393,7 @@ class ReliableTrainer(Trainer):
         self._count_scaler_steps()
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self._guard.check()
+        self._data_wait.end_step()
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             # Here, where every process passes, and not in log(), which a user may call on one process alone.
             self._before_logging()

@@ -33,7 +33,9 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_len
 from . import metrics, term_gradients
 from .config import DistillationConfig
 from .data.mixing import BatchMixer
+from .data.normalise import PIXEL_VALUES, PixelNormaliser
 from .data.padding import SAMPLE_MASK, mark_padding
+from .data_wait import DATA_WAIT
 from .ema import RAW_WEIGHTS, WeightAverage, load_raw_weights
 from .feature_term import FeatureTerm
 from .files import atomic_write, write_text
@@ -144,6 +146,7 @@ class DistillationTrainer(PublishingTrainer):
         self._logged_components: dict[str, float] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
+        self._normaliser: PixelNormaliser | None = None
         if self.teacher is not None:
             preprocessing = Preprocessing.of(student)
             if preprocessing is None and self.teacher.declares_preprocessing:
@@ -501,6 +504,33 @@ class DistillationTrainer(PublishingTrainer):
     def _batches(self, dataloader: DataLoader) -> Iterator[dict[str, Any]]:
         return map(self._prepared, dataloader)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the device: here every batch passes, in training as before and beside it.
+
+        Images that come as bytes are normalised once, as the student wants them, before they are mixed and before
+        either network sees them.
+        """
+        inputs = super()._prepare_inputs(inputs)
+        images = inputs.get(PIXEL_VALUES)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            return inputs
+        if self._normaliser is None:
+            self._normaliser = self._build_normaliser()
+        return {**inputs, PIXEL_VALUES: self._normaliser(images)}
+
+    def _build_normaliser(self) -> PixelNormaliser:
+        student = unwrap(self.model)
+        preprocessing = Preprocessing.of(student) or Preprocessing.from_image_processor(self.processing_class)
+        if preprocessing is None:
+            raise ValueError(
+                f"The data's `{PIXEL_VALUES}` are bytes (uint8), to be normalised on the device, and the student "
+                f"{type(student).__name__} does not say by which mean and deviation: build it with "
+                "hf_kd.create_student(..., mean=..., std=...), or give normalised floats."
+            )
+        # An fp64 student trains in fp64 throughout.
+        double = next(student.parameters()).dtype == torch.float64
+        return PixelNormaliser(preprocessing.mean, preprocessing.std, torch.float64 if double else torch.float32)
+
     def _prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch as a loader gave it, on the device, with checked labels and a mask where samples are repeats."""
         return self._with_checked_labels(self._prepare_inputs(mark_padding(inputs, self.accelerator)))
@@ -567,7 +597,9 @@ class DistillationTrainer(PublishingTrainer):
     # ---- Logging ---------------------------------------------------------------------------------------------------
 
     def _before_logging(self) -> None:
+        self._data_wait.report(self._meters)
         self._logged_components = term_gradients.norms_and_cosine(self._meters.means(self.accelerator))
+        self._data_wait.judge(self._logged_components.get(DATA_WAIT, 0.0))
         if self.args.uses_logits and self.beta is not None:
             self._logged_components["beta"] = self.beta
         if self._guard.skipped:

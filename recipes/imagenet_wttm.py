@@ -30,6 +30,9 @@ from hf_kd.data import eval_transform, load_image_dataset, train_transform
 # Where ImageNet is looked for if no data are named, below the working directory.
 USUAL_PLACES = ("imagenet", "data/imagenet")
 
+# The faster one for the transform. Validation stays with PIL's, as does whoever uses the student.
+TRAIN_DECODER = "auto"
+
 # The paper's protocol, which is that of torchvision's reference: the same in all rows.
 PROTOCOL = {
     "num_train_epochs": 100.0,
@@ -83,6 +86,10 @@ class ImageNetArguments(RowArguments):
     train_samples: int | None = field(
         default=None, metadata={"help": "Length of a training stream that does not say it."}
     )
+    in_memory: bool = field(
+        default=False,
+        metadata={"help": "Decode all pictures once and keep them, at 3 bytes a pixel, where they fit."},
+    )
     img_size: int = field(
         default=224, metadata={"help": "Side of the training crop; evaluation resizes to 256/224 of it, then crops."}
     )
@@ -115,10 +122,10 @@ class ImageNetArguments(RowArguments):
 
     @property
     def transforms(self) -> dict[str, Any]:
-        """The protocol's transforms of pictures, for "train" and "validation"."""
+        """The protocol's transforms of pictures, for "train" and "validation"; the trainer normalises the views."""
         return {
-            "train": train_transform(self.img_size, interpolation=self.interpolation),
-            "validation": eval_transform(self.img_size, interpolation=self.interpolation),
+            "train": train_transform(self.img_size, interpolation=self.interpolation, normalize=False),
+            "validation": eval_transform(self.img_size, interpolation=self.interpolation, normalize=False),
         }
 
     @property
@@ -160,12 +167,14 @@ def build_data(recipe: ImageNetArguments, config: DistillationConfig) -> tuple[A
     transforms = recipe.transforms
     # On one machine the first process fetches and converts; the others find it done.
     with config.main_process_first(desc="loading the data"):
+        options: dict[str, Any]
         if recipe.dataset_name:
-            options: dict[str, Any] = {
+            options = {
                 "config_name": recipe.dataset_config,
                 "image_column": recipe.image_column,
                 "label_column": recipe.label_column,
                 "streaming": recipe.streaming,
+                "in_memory": recipe.in_memory,
                 "seed": config.seed,
             }
             train = load_image_dataset(
@@ -174,6 +183,7 @@ def build_data(recipe: ImageNetArguments, config: DistillationConfig) -> tuple[A
                 split=recipe.train_split,
                 shuffle_buffer=recipe.shuffle_buffer if recipe.streaming else 0,
                 num_classes=recipe.num_classes,
+                decoder=TRAIN_DECODER,
                 **options,
             )
             validation = load_image_dataset(
@@ -185,8 +195,11 @@ def build_data(recipe: ImageNetArguments, config: DistillationConfig) -> tuple[A
             )
             places = [f"split {split!r}" for split in (recipe.train_split, recipe.validation_split)]
         else:
-            train = load_image_dataset(recipe.train_dir, transform=transforms["train"], seed=config.seed)
-            validation = load_image_dataset(recipe.val_dir, transform=transforms["validation"], seed=config.seed)
+            options = {"seed": config.seed, "in_memory": recipe.in_memory}
+            train = load_image_dataset(
+                recipe.train_dir, transform=transforms["train"], decoder=TRAIN_DECODER, **options
+            )
+            validation = load_image_dataset(recipe.val_dir, transform=transforms["validation"], **options)
             places = [str(recipe.train_dir), str(recipe.val_dir)]
     check_classes(train, validation, places, recipe.num_classes)
     if recipe.streaming:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from tiny import config
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -52,3 +53,22 @@ def test_every_field_has_help_and_is_documented():
             assert field.metadata["help"], field.name
             assert f"{field.name} (`" in DistillationConfig.__doc__, field.name
     assert HfArgumentParser(DistillationConfig).format_help()
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"accelerator_config": {"split_batches": True}}, True),
+        ("cuda", {"accelerator_config": {"non_blocking": False}}, False),
+        ("cuda", {"dataloader_pin_memory": False}, False),
+        ("cpu", {}, False),
+    ],
+)
+def test_pinned_batches_are_copied_without_waiting(tmp_path, monkeypatch, device, options, expected):
+    # As on a machine with such a device.
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device(device)))
+    args = DistillationConfig(str(tmp_path), **options)
+    assert args.accelerator_config.non_blocking is expected
+    assert args.accelerator_config.split_batches is ("split_batches" in options.get("accelerator_config", {}))
+    assert args.dataloader_pin_memory is (device == "cuda" and options.get("dataloader_pin_memory", True))

@@ -2,6 +2,7 @@ from ..models.cifar import CIFAR100_MEAN, CIFAR100_STD
 from .bad_samples import SkippingDataset
 from .cifar import CifarDataset, CifarImages, load_cifar
 from .collate import collate
+from .decoding import load_image, load_image_tensor, to_rgb
 from .digits import (
     DIGITS_CLASS_NAMES,
     DIGITS_MEAN,
@@ -12,7 +13,7 @@ from .digits import (
     DigitsSplits,
     load_digits,
 )
-from .images import HubImageDataset, HubImageStream, ImageFolderDataset, load_image, load_image_dataset, to_rgb
+from .images import HubImageDataset, HubImageStream, ImageFolderDataset, load_image_dataset
 from .transforms import eval_transform, train_transform
 from .views import EpochCallback, set_dataset_epoch, view_rng, view_seed
 
@@ -40,6 +41,7 @@ __all__ = [
     "load_digits",
     "load_image",
     "load_image_dataset",
+    "load_image_tensor",
     "set_dataset_epoch",
     "to_rgb",
     "train_transform",

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 in memory, from any form they come in, with the protocol's augmentation a batch at a time.
 
 Crop and flip work on a whole batch of bytes, so that a loader keeps up with networks that take a few milliseconds a
-step; see tests/benchmarks/cifar_data.py.
+step; see tests/benchmarks/data_loading.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..labels import IGNORE_INDEX
 from ..models.cifar import CIFAR100_MEAN, CIFAR100_STD
 from ..text import some
 from .images import HubImageDataset, ImageFolderDataset, load_split
-from .in_memory import InMemoryDataset, channel_statistics
+from .in_memory import InMemoryDataset, channel_statistics, crop, crop_places
 from .plain_pickle import read_plain_pickle
 from .views import view_seed
 
@@ -346,7 +346,6 @@ def _decoded(data: ImageFolderDataset | HubImageDataset, where: Sequence[str], n
 
 _MARGIN = 4
 _OFFSETS = 2 * _MARGIN + 1
-_PADDED = CIFAR_SIZE + 2 * _MARGIN
 
 
 class CifarDataset(InMemoryDataset):
@@ -388,13 +387,14 @@ class CifarDataset(InMemoryDataset):
         self.class_names = list(class_names)
         self.num_classes = len(self.class_names)
         self.augment, self.seed = augment, seed
+        self._places = _places_of_views()
         self._drawn: tuple[int, Tensor] | None = None
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         pixels = self.images.index_select(0, rows)
         if self.augment:
-            pixels = _view(pixels, self._views()[rows])
+            pixels = crop(pad(pixels, (_MARGIN,) * 4), self._places[self._views()[rows]])
         # The operations of torchvision's ToTensor and Normalize, in their order: the same floats.
         pixel_values = pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
         return {"pixel_values": pixel_values, "labels": self.labels[rows], "index": rows}
@@ -413,15 +413,11 @@ class CifarDataset(InMemoryDataset):
         return Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
 
 
-def _view(pixels: Tensor, view: Tensor) -> Tensor:
-    """Crops of pictures (B, 3, 32, 32) within a black margin, by numbers (B,) of views.
+def _places_of_views() -> Tensor:
+    """Where the pixels of each view lie in the padded picture, (162, 1024).
 
-    Number (row * 9 + column) * 2 + mirrored has its upper left corner at that row and column of the padded picture.
+    View (row * 9 + column) * 2 + mirrored has its upper left corner at that row and column of the padded picture.
     """
+    view = torch.arange(2 * _OFFSETS**2)
     top, left, mirrored = view // (2 * _OFFSETS), view // 2 % _OFFSETS, view % 2 == 1
-    window = torch.arange(CIFAR_SIZE)
-    down = top[:, None] + window
-    across = left[:, None] + torch.where(mirrored[:, None], window.flip(0), window)
-    places = (down[:, :, None] * _PADDED + across[:, None, :]).flatten(1)
-    padded = pad(pixels, (_MARGIN,) * 4).flatten(2)
-    return padded.gather(2, places[:, None].expand(-1, 3, -1)).view_as(pixels)
+    return crop_places(top, left, mirrored, size=CIFAR_SIZE, padded=CIFAR_SIZE + 2 * _MARGIN)

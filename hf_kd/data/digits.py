@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ..labels import IGNORE_INDEX
-from .in_memory import InMemoryDataset, channel_statistics
+from .in_memory import InMemoryDataset, channel_statistics, crop, crop_places
 from .views import view_seed
 
 
@@ -164,13 +164,11 @@ class DigitsDataset(InMemoryDataset):
         # One table of offsets an epoch makes each of them a function of (seed, epoch, index).
         generator = torch.Generator().manual_seed(view_seed(self.seed, self.epoch, 0))
         offsets = torch.randint(0, 2 * self.shift + 1, (len(self), 2), generator=generator)[rows]
-        window = torch.arange(DIGITS_SIZE)
-        down, right = (offsets[:, axis, None] + window for axis in (0, 1))
-        padded = self._black.repeat(len(rows), 1, *(2 * [DIGITS_SIZE + 2 * self.shift]))
+        padded_size = DIGITS_SIZE + 2 * self.shift
+        padded = self._black.repeat(len(rows), 1, padded_size, padded_size)
         padded[:, :, self.shift : self.shift + DIGITS_SIZE, self.shift : self.shift + DIGITS_SIZE] = pixels
-        batch = torch.arange(len(rows))
-        # Indexing around the channel dimension puts it last.
-        return padded[batch[:, None, None], :, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
+        (down, right), mirrored = offsets.unbind(1), torch.zeros(len(rows), dtype=torch.bool)
+        return crop(padded, crop_places(down, right, mirrored, size=DIGITS_SIZE, padded=padded_size))
 
     def image(self, index: int) -> Image.Image:
         """The picture of a sample as 32 x 32 RGB, as an inference pipeline would be given it."""

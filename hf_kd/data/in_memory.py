@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,23 @@ class InMemoryDataset(EpochMixin, Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """A whole batch at once: {"pixel_values": (B, 3, 32, 32), "labels": (B,), "index": (B,)}."""
         raise TypeError(f"{type(self).__name__} must define __getitems__(indices).")
+
+
+def crop_places(top: Tensor, left: Tensor, mirrored: Tensor, *, size: int, padded: int) -> Tensor:
+    """Where the pixels of square crops lie in square pictures, by number: (N, size²) for N crops.
+
+    `top`, `left`: of each crop, (N,). `mirrored`: whether it is, (N,). `size`, `padded`: sides of crop and picture.
+    """
+    window = torch.arange(size)
+    down = top[:, None] + window
+    across = left[:, None] + torch.where(mirrored[:, None], window.flip(0), window)
+    return (down[:, :, None] * padded + across[:, None, :]).flatten(1)
+
+
+def crop(pictures: Tensor, places: Tensor) -> Tensor:
+    """Crops (B, C, size, size) of pictures (B, C, H, W), by their [`crop_places`] (B, size²)."""
+    pixels = pictures.flatten(2).gather(2, places[:, None].expand(-1, pictures.shape[1], -1))
+    return pixels.unflatten(2, 2 * [math.isqrt(places.shape[1])])
 
 
 def channel_statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """The ImageNet protocol's transforms, thin over torchvision: a PIL image in, a normalised float tensor (3, H, W) out.
 
+Or bytes (3, H, W), which are a quarter of that, and which the trainer normalises on the device (`normalize=False`).
+
 Source: the training protocol of arXiv 2402.11148 for ImageNet, which is torchvision's reference: training on
 RandomResizedCrop(224) and a horizontal flip, evaluation on the shorter side resized to 256 and the centre 224. What
 vision transformers are trained with beyond that (RandAugment, colour jitter, random erasing) is timm's.
@@ -21,12 +23,14 @@ def _interpolation(name: str) -> InterpolationMode:
         raise ValueError(f"`interpolation` must be one of {allowed}, got {name!r}.") from None
 
 
-def _to_normalised(mean: Sequence[float], std: Sequence[float]) -> list[v2.Transform]:
+def _to_tensor(mean: Sequence[float], std: Sequence[float], normalize: bool) -> list[v2.Transform]:
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ValueError(f"`{name}` must hold 3 numbers (R, G, B), got {list(values)}.")
     if min(std) <= 0:
         raise ValueError(f"`std` must be positive, got {list(std)}.")
+    if not normalize:
+        return [v2.PILToTensor()]
     return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
@@ -52,6 +56,7 @@ def train_transform(
     color_jitter: float = 0.0,
     random_erasing: float = 0.0,
     random_erasing_mode: str = "pixel",
+    normalize: bool = True,
 ) -> Callable[[Image.Image], torch.Tensor]:
     """The protocol's training transform: a random resized crop and a horizontal flip, then normalisation.
 
@@ -65,15 +70,18 @@ def train_transform(
     rectangle of the normalised view is erased; `random_erasing_mode`: by noise for each pixel ("pixel"), one random
     colour ("rand"), or the mean colour ("const").
 
+    `normalize`: False leaves the pixels as bytes, uint8, for the trainer to normalise on the device by the student's
+    own mean and deviation; `mean` and `std` are then for the grey that some policies fill borders with.
+
     They draw from torch, `random` and numpy; under [`~hf_kd.data.view_rng`], as in the data sets here, a view depends
     on its seed alone.
 
     Raises ValueError for an unknown interpolation, policy or mode, a size below 1, a strength below 0, a probability
-    outside [0, 1], or statistics that are not three numbers.
+    outside [0, 1], statistics that are not three numbers, or `random_erasing` without normalisation.
     """
     _check_sizes(size=size)
     mode = _interpolation(interpolation)
-    to_normalised = _to_normalised(mean, std)
+    to_tensor = _to_tensor(mean, std, normalize)
     for name, value in (("hflip", hflip), ("random_erasing", random_erasing)):
         if not 0 <= value <= 1:
             raise ValueError(f"`{name}` must be a probability, in [0, 1], got {value!r}.")
@@ -82,9 +90,14 @@ def train_transform(
     if random_erasing_mode not in _ERASING_MODES:
         allowed = ", ".join(map(repr, _ERASING_MODES))
         raise ValueError(f"`random_erasing_mode` must be one of {allowed}, got {random_erasing_mode!r}.")
+    if random_erasing and not normalize:
+        raise ValueError(
+            f"`random_erasing` ({random_erasing}) puts noise into normalised views, which bytes cannot hold: leave "
+            "`normalize` at True, or set `random_erasing` to 0."
+        )
     if not (auto_augment or color_jitter or random_erasing):
         crop = v2.RandomResizedCrop(size, scale=scale, ratio=ratio, interpolation=mode)
-        return v2.Compose([crop, v2.RandomHorizontalFlip(hflip), *to_normalised])
+        return v2.Compose([crop, v2.RandomHorizontalFlip(hflip), *to_tensor])
     try:
         return create_transform(
             size,
@@ -99,6 +112,7 @@ def train_transform(
             std=tuple(std),
             re_prob=random_erasing,
             re_mode=random_erasing_mode,
+            normalize=normalize,
         )
     except (AssertionError, LookupError, ValueError) as error:
         raise ValueError(
@@ -114,6 +128,7 @@ def eval_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
     interpolation: str = "bilinear",
+    normalize: bool = True,
 ) -> v2.Compose:
     """The protocol's evaluation transform: shorter side to `resize`, the centre `size` pixels, normalisation.
 
@@ -131,4 +146,4 @@ def eval_transform(
             f"`resize` must be at least `size` ({size}), got {resize}: the crop would be padded in black."
         )
     shrink = v2.Resize(resize, interpolation=_interpolation(interpolation))
-    return v2.Compose([shrink, v2.CenterCrop(size), *_to_normalised(mean, std)])
+    return v2.Compose([shrink, v2.CenterCrop(size), *_to_tensor(mean, std, normalize)])

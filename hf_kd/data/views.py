@@ -28,19 +28,34 @@ def view_rng(seed: int, epoch: int, key: int) -> Iterator[int]:
 
     Yields the seed in use (see [`view_seed`]). Generators of accelerators are not touched: transforms run on the CPU.
     """
+    with keeping_rng():
+        yield seed_view(seed, epoch, key)
+
+
+@contextmanager
+def keeping_rng() -> Iterator[None]:
+    """Restore torch's (CPU), `random`'s and numpy's generators after the body, for any number of [`seed_view`].
+
+    It takes 90 microseconds, nearly all of it numpy's; to seed for a view takes 8.
+    """
     # `torch.manual_seed` and `fork_rng` also visit every accelerator's generator: 100 microseconds against 2.
     generator = torch.default_generator
     saved = generator.get_state(), random.getstate(), np.random.get_state(legacy=False)
-    value = view_seed(seed, epoch, key)
     try:
-        generator.manual_seed(value)
-        random.seed(value)
-        np.random.seed(value & 0xFFFFFFFF)
-        yield value
+        yield
     finally:
         generator.set_state(saved[0])
         random.setstate(saved[1])
         np.random.set_state(saved[2])
+
+
+def seed_view(seed: int, epoch: int, key: int) -> int:
+    """Seed the three generators for one view, and return the seed (see [`view_seed`])."""
+    value = view_seed(seed, epoch, key)
+    torch.default_generator.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    return value
 
 
 class EpochMixin:

@@ -109,7 +109,12 @@ def parse(recipe, images, folder, argv=()):
 
 def log_of(folder):
     state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    return [entry for entry in state["log_history"] if "loss" in entry]
+    # Without the one value that is a time.
+    return [
+        {key: value for key, value in entry.items() if key != "data_wait"}
+        for entry in state["log_history"]
+        if "loss" in entry
+    ]
 
 
 # The rows ---------------------------------------------------------------------------------------------------------

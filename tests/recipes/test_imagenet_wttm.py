@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_kd import create_student, save_student
-from hf_kd.data import ImageFolderDataset, eval_transform, load_digits
+from hf_kd.data import ImageFolderDataset, eval_transform, load_digits, load_image, load_image_tensor
 
 
 ROOT = Path(__file__).parents[2]
@@ -312,8 +312,25 @@ def test_the_default_is_the_papers_first_row(recipe, images, monkeypatch, tmp_pa
     assert train[0]["pixel_values"].shape == val[0]["pixel_values"].shape == (3, 224, 224)
     # Evaluation: the 64 x 48 picture with its shorter side at 256, the centre 224.
     resized = val.image(0).resize((341, 256), Image.Resampling.BILINEAR).crop((58, 16, 58 + 224, 16 + 224))
-    expected = (np.asarray(resized) / 255.0 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    assert np.abs(val[0]["pixel_values"].permute(1, 2, 0).numpy() - expected).max() < 0.05
+    assert (train._load, val._load) == (load_image_tensor, load_image)
+    # Bytes, which the trainer normalises by what the student says of itself.
+    view = val[0]["pixel_values"]
+    assert train[0]["pixel_values"].dtype == view.dtype == torch.uint8
+    assert np.abs(view.permute(1, 2, 0).numpy() - np.asarray(resized).astype(float)).max() <= 1
+    assert (run.arguments.preprocessing["mean"], run.arguments.preprocessing["std"]) == (
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+    )
+
+
+def test_data_may_be_kept_in_memory(recipe, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet").symlink_to(images)
+    (read,), (kept,) = parse(recipe, {}), parse(recipe, {"in_memory": True})
+    assert kept.changed == []
+    for one, other in zip(*(recipe.build_data(run.arguments, run.config) for run in (read, kept)), strict=True):
+        assert torch.equal(one[0]["pixel_values"], other[0]["pixel_values"])
+        assert one._decoded is None and other._decoded.nbytes > 0
 
 
 # The paper's §5 and appendix: teacher, student, gamma, beta, top-1 of WTTM.
@@ -386,6 +403,10 @@ MISTAKES = {
     "no data": ({"train_dir": None, "val_dir": None}, "no images to train on: give --train_dir and --val_dir"),
     "one folder": ({"val_dir": None}, "together, got only --train_dir"),
     "both sources": ({"dataset_name": "x/y"}, "either folders or --dataset_name"),
+    "stream in memory": (
+        {"dataset_name": "{parquet}", "train_dir": None, "val_dir": None, "streaming": True, "in_memory": True},
+        "`in_memory` keeps every picture, and a stream is read as it comes",
+    ),
     "missing folder": ({"train_dir": "nowhere/train"}, "nowhere/train does not exist"),
     "other classes": ({"val_dir": "other"}, "only {images}/train has 'seven'; only other has 'eight'"),
     "class count": ({"num_classes": 7}, "have 3 classes, not the 7 of --num_classes"),
