@@ -6,6 +6,7 @@ from .hub import Publication, PublishingError, publish_student
 from .networks import Preprocessing
 from .student import create_student, save_student
 from .teacher import Teacher
+from .teacher_cache import TeacherCache
 from .trainer import DistillationTrainer
 from .version import __version__
 
@@ -17,6 +18,7 @@ __all__ = [
     "Publication",
     "PublishingError",
     "Teacher",
+    "TeacherCache",
     "__version__",
     "create_student",
     "models",

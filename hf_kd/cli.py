@@ -6,21 +6,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .hub import Publication, PublishingError, publish_student
+from accelerate import PartialState
+
+from .cache_command import caching_trainer
+from .hub import Publication, publish_student
 from .text import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status: 0, 1 if the Hub refused, 2 for a mistake in the arguments, 130 for Ctrl-C."""
+    """Run a command; its exit status: 0, 1 if something refused, 2 for a mistake in the arguments, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser("hf-kd", description="Knowledge distillation with timm and transformers.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_publish(commands)
+    _add_cache_teacher(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, PublishingError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"hf-kd {args.command}: error: {one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 1 if isinstance(error, RuntimeError) else 2
     except KeyboardInterrupt:
         print(f"hf-kd {args.command}: interrupted; the same command does it again.", file=sys.stderr)
         return 130
@@ -59,6 +63,34 @@ def _publish(args: argparse.Namespace) -> None:
         print(f"\n{publication.card}\n\nNothing was published (--dry_run).")
     else:
         print(f"Published: {publication.url}")
+
+
+def _add_cache_teacher(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "cache-teacher",
+        help="compute a teacher's outputs on the training images ahead",
+        description="Compute and store a teacher's logits on the training images, for all runs to come. Several "
+        "processes share the work: accelerate launch ... -m hf_kd.cli cache-teacher CONFIG",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML of teacher, train_dir or dataset_name, teacher_cache_*")
+    parser.add_argument(
+        "overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="fields in place of the file's"
+    )
+    parser.set_defaults(run=_cache_teacher)
+
+
+def _cache_teacher(args: argparse.Namespace) -> None:
+    try:
+        trainer = caching_trainer(args.config, args.overrides)
+        rows = trainer.cache_teacher()
+        if trainer.is_world_process_zero() and trainer.replay is not None:
+            cache = trainer.replay.cache
+            print(
+                f"{cache.folder}: {rows:,} rows computed; it has {len(cache.views)} view(s) of {cache.samples:,} "
+                f"samples, {cache.num_classes} classes, {cache.dtype}."
+            )
+    finally:
+        PartialState().destroy_process_group()
 
 
 def _listed(publication: Publication) -> str:

@@ -18,6 +18,7 @@ from .launch import runs_on_cpus
 from .losses import functional
 from .losses.feature import FEATURE_LOSSES, build_feature_loss
 from .losses.logit import LOSSES, check_loss_name
+from .teacher_cache.codec import DTYPES as CACHE_DTYPES
 
 
 if TYPE_CHECKING:
@@ -94,6 +95,20 @@ class DistillationConfig(TrainingArguments):
         teacher_weights_only (`bool`, *optional*, defaults to `True`):
             Whether `teacher_checkpoint` may hold nothing but tensors. `False` unpickles it, which runs whatever
             code is in it: for files that you wrote yourself.
+
+        > Parameters that control the cache of the teacher's outputs
+
+        teacher_cache_dir (`str`, *optional*):
+            Folder that the teacher's logits on the training data are kept in. The first run fills it as it trains;
+            later ones, of any student, loss, gamma, beta and seed, read it, and a teacher given by name is not even
+            built. A cache that was made for another teacher, data set, transform or seed of the views is refused.
+            Mixing, losses on features, `teacher_metrics` and `teacher_fsdp` need a live teacher.
+        teacher_cache_views (`int`, *optional*):
+            After how many epochs the augmented views of the training data repeat (its `cycle_views`, which stays
+            set), so that so many passes of the teacher are enough; 1 keeps the views of the first epoch. By default
+            every epoch has its own. Data without augmentation have one view.
+        teacher_cache_dtype (`str`, *optional*):
+            `"fp16"` (what a new cache has by default), `"int8"` or `"fp32"`: how its logits are stored.
 
         > Parameters that control the optimisation
 
@@ -239,6 +254,18 @@ class DistillationConfig(TrainingArguments):
         metadata={"help": "False unpickles teacher_checkpoint, which runs the code in it: for your own files only."},
     )
 
+    # --- The cache of the teacher's outputs ---
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that the teacher's training logits are kept in, for this run and all later ones."},
+    )
+    teacher_cache_views: int | None = field(
+        default=None, metadata={"help": "After how many epochs the augmented views repeat; by default never."}
+    )
+    teacher_cache_dtype: str | None = field(
+        default=None, metadata={"help": "How a new cache stores logits: fp16 (the default), int8 or fp32."}
+    )
+
     # --- What is bad ---
     on_nonfinite: str = field(
         default="raise", metadata={"help": "On a loss or gradient that is not finite: raise, or skip the step."}
@@ -336,6 +363,7 @@ class DistillationConfig(TrainingArguments):
         self._check_ranges()
         self.teacher_class_map = self._from_json("teacher_class_map", "a list or an object", (list, tuple, dict))
         self.feature_loss_kwargs = self._from_json("feature_loss_kwargs", "an object", (dict,))
+        self._check_cache()
         if self.feature_loss is not None:
             # Now, and not when the trainer is made: it costs nothing.
             build_feature_loss(self.feature_loss, **self.feature_loss_arguments)
@@ -456,6 +484,7 @@ class DistillationConfig(TrainingArguments):
             ("on_nonfinite", ("raise", "skip")),
             ("on_bad_sample", ("raise", "skip")),
             ("teacher_dtype", (None, *_DTYPES)),
+            ("teacher_cache_dtype", (None, *CACHE_DTYPES)),
         ):
             listed = ", ".join(repr(value) for value in allowed)
             self._check(name, f"one of {listed}", getattr(self, name) in allowed)
@@ -478,6 +507,37 @@ class DistillationConfig(TrainingArguments):
                 f'`label_names` must name the one batch entry that holds the labels (such as ["labels"]), got '
                 f"{self.label_names}."
             )
+
+    def _check_cache(self) -> None:
+        if self.teacher_cache_dir is None:
+            for name in ("teacher_cache_views", "teacher_cache_dtype"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is for a cache of the teacher's outputs: give `teacher_cache_dir` too."
+                    )
+            return
+        views = self.teacher_cache_views
+        self._check(
+            "teacher_cache_views",
+            "a whole number of at least 1",
+            views is None or (isinstance(views, int) and views >= 1),
+        )
+        for name, given, reason in (
+            ("mixup_alpha or cutmix_alpha", self.mixes, "a mixed image is no sample that it has a row for"),
+            (
+                "feature_loss",
+                self.feature_loss is not None,
+                "features are not stored, so that loss needs a live teacher",
+            ),
+            ("teacher_metrics", self.teacher_metrics, "it has no rows for the evaluation data"),
+            (
+                "teacher_fsdp",
+                self.teacher_fsdp,
+                "such a teacher runs on all processes at once, which lack different rows",
+            ),
+        ):
+            if given:
+                raise ValueError(f"`teacher_cache_dir` does not go with {name}: {reason}. Leave out one of them.")
 
     def _check(self, name: str, allowed: str, valid: bool) -> None:
         value = getattr(self, name)

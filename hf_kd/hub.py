@@ -214,9 +214,24 @@ def make_repository(repo_id: str, *, token: str | None = None, private: bool | N
         ValueError: for a name that the Hub does not allow.
         PublishingError: if it cannot be made.
     """
+    with publishing(repo_id, token):
+        return HfApi(token=token, library_name="hf_kd").create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+@contextlib.contextmanager
+def publishing(repo_id: str, token: str | None) -> Iterator[None]:
+    """The body talks to the Hub about a repository: what keeps it from doing so is a PublishingError.
+
+    Raises:
+        ValueError: for a name that the Hub does not allow.
+    """
     _check_reachable(_checked_id(repo_id), token)
     try:
-        return HfApi(token=token, library_name="hf_kd").create_repo(repo_id, private=private, exist_ok=True).repo_id
+        yield
+    except (ValueError, PublishingError) as error:
+        if isinstance(error, OSError):
+            raise PublishingError(_sentence(repo_id, _cause(error))) from error
+        raise
     except Exception as error:
         raise PublishingError(_sentence(repo_id, _cause(error))) from error
 

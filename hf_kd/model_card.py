@@ -290,7 +290,7 @@ class StudentCard:
         provenance = trainer.provenance()
         settings = _loss_settings(provenance["loss"], args.loss_arguments)
         if provenance["teacher"] and trainer.teacher is not None and trainer.teacher.is_module:
-            provenance["teacher"]["parameters"] = sum(p.numel() for p in trainer.teacher.parameters())
+            provenance["teacher"]["parameters"] = trainer.teacher.num_parameters
         if teacher is not None:
             provenance["teacher"] = {**(provenance["teacher"] or {}), **teacher}
 

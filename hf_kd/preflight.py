@@ -49,8 +49,19 @@ def teacher_top1(
             warned = _warn_if_chance(correct, seen, logits.shape[-1])
     if not seen:
         return None
-    logger.warning("Teacher %s: top-1 %.2f %% on %d labelled evaluation samples.", name, 100 * correct / seen, seen)
+    _say(correct / seen, seen, name)
     return correct / seen, seen
+
+
+def report_top1(top1: float, seen: int, name: str, classes: int | None) -> None:
+    """Say what an earlier run measured, as :func:`teacher_top1` does when it measures."""
+    if seen >= _ENOUGH and classes is not None:
+        _warn_if_chance(round(top1 * seen), seen, classes)
+    _say(top1, seen, name)
+
+
+def _say(top1: float, seen: int, name: str) -> None:
+    logger.warning("Teacher %s: top-1 %.2f %% on %d labelled evaluation samples.", name, 100 * top1, seen)
 
 
 def _warn_if_chance(correct: int, seen: int, classes: int) -> bool:

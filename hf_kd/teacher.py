@@ -195,7 +195,7 @@ class Teacher(nn.Module):
         repository, _, asked = (hub_id or "").partition("@")
         return cls(
             model, name=name, class_map=class_map, preprocessing=preprocessing, input_size=input_size,
-            hub_id=repository or None, revision=_commit(repository, asked or "main") if repository else None,
+            hub_id=repository or None, revision=cached_commit(repository, asked or "main") if repository else None,
         )  # fmt: skip
 
     @classmethod
@@ -242,6 +242,11 @@ class Teacher(nn.Module):
     def declares_preprocessing(self) -> bool:
         """Whether it says how its images are normalised."""
         return self.preprocessing is not None
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it has learnt."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
         """Prepare for a student's batches: check the class count and convert images from the student's preprocessing.
@@ -461,8 +466,8 @@ def _class_groups(class_map: ClassMap | None) -> list[list[int]] | None:
     return groups
 
 
-def _commit(repository: str, revision: str) -> str | None:
-    """The commit of a repository that has just been loaded, as the Hub's cache has it."""
+def cached_commit(repository: str, revision: str) -> str | None:
+    """The commit of a repository that has been loaded, as the Hub's cache has it; None if it has none."""
     for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
         path = try_to_load_from_cache(repository, file, revision=revision)
         if isinstance(path, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import operator
 import os
 import platform
@@ -12,6 +13,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,17 +23,19 @@ import timm
 import torch
 import transformers
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from . import metrics, term_gradients
 from .config import DistillationConfig
+from .data.bad_samples import SkippingDataset
 from .data.mixing import BatchMixer
 from .data.normalise import PIXEL_VALUES, PixelNormaliser
 from .data.padding import SAMPLE_MASK, mark_padding
@@ -47,13 +51,15 @@ from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_ent
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, timm_network, unwrap
-from .preflight import mean_power_sum, teacher_top1
+from .preflight import mean_power_sum, report_top1, teacher_top1
 from .publishing_trainer import PublishingTrainer
 from .reliable_trainer import changed
 from .repository import TRAINING_ARGS, public_arguments
 from .samples import count_samples, sample_mask, without_repeats
 from .student import WEIGHTS, adopt_label_names, load_student_weights, save_student
 from .teacher import Teacher
+from .teacher_cache.deferred import recognised_teacher
+from .teacher_cache.replay import Replay
 from .version import __version__
 
 
@@ -112,6 +118,8 @@ class DistillationTrainer(PublishingTrainer):
                 "it with the data's class count."
             )
         self.check_place(args)
+        self._cached_teacher: dict[str, Any] = {}
+        self.replay: Replay | None = None
         self.teacher = self._build_teacher(teacher_model, args, model)
         self.distillation_loss = self._build_loss(args, distillation_loss)
         self.features = self._build_features(args, model)
@@ -159,13 +167,22 @@ class DistillationTrainer(PublishingTrainer):
                 compile=self.args.teacher_compile,
                 sharded=self.args.teacher_fsdp,
             )
+            self._student_preprocessing = preprocessing
+            if self.train_dataset is not None:
+                self._open_cache()
         self.check_license()
 
     # ---- Set-up ----------------------------------------------------------------------------------------------------
 
     def _build_teacher(self, teacher: Any, args: DistillationConfig, student: nn.Module | None) -> Teacher | None:
+        supplied = type(self).compute_teacher_logits is not DistillationTrainer.compute_teacher_logits
+        caches = args.teacher_cache_dir is not None and args.uses_teacher
+        if supplied and caches:
+            raise ValueError(
+                f"`teacher_cache_dir` does not go with {type(self).__name__}, which computes the teacher's logits "
+                "itself, from what a cache cannot know: leave out one of them."
+            )
         if teacher is None:
-            supplied = type(self).compute_teacher_logits is not DistillationTrainer.compute_teacher_logits
             if args.uses_teacher and not supplied:
                 raise ValueError(
                     f'loss="{args.loss}" needs a teacher: pass `teacher_model` (a timm name, a folder, a module, '
@@ -177,14 +194,32 @@ class DistillationTrainer(PublishingTrainer):
                 "Teacher and student are the same module, and a teacher is frozen: pass copy.deepcopy(model) as the "
                 "teacher."
             )
-        return Teacher.wrap(
-            teacher,
-            checkpoint=args.teacher_checkpoint,
-            num_classes=args.teacher_num_classes,
-            class_map=args.teacher_class_map,
-            input_size=args.teacher_input_size,
-            weights_only=None if args.teacher_weights_only else False,
-            revision=args.teacher_revision,
+        options = {
+            "checkpoint": args.teacher_checkpoint,
+            "num_classes": args.teacher_num_classes,
+            "class_map": args.teacher_class_map,
+            "input_size": args.teacher_input_size,
+            "weights_only": None if args.teacher_weights_only else False,
+            "revision": args.teacher_revision,
+        }
+        build = partial(Teacher.wrap, teacher, **options)
+        if not caches:
+            return build()
+        built, self._cached_teacher = recognised_teacher(teacher, build, str(args.teacher_cache_dir), options)
+        return built
+
+    def _open_cache(self) -> None:
+        """The cache of the teacher's outputs on the training data, if there is to be one."""
+        if not self._cached_teacher or (self.replay is not None and self.replay.views.dataset is self.train_dataset):
+            return
+        self.replay = Replay.for_run(
+            self.args,
+            self.train_dataset,
+            self._cached_teacher,
+            num_classes=self._student_classes,
+            images=self._student_preprocessing,
+            mixed_precision=self.accelerator.mixed_precision,
+            collate=self.data_collator,
         )
 
     @staticmethod
@@ -237,6 +272,12 @@ class DistillationTrainer(PublishingTrainer):
         with contextlib.nullcontext() if own_dtype else self.accelerator.autocast():
             return self.teacher(**self._with_usual_label_name(inputs))
 
+    def _training_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """:meth:`compute_teacher_logits` of a training batch, or what is stored of it."""
+        if self.replay is None:
+            return self.compute_teacher_logits(inputs)
+        return self.replay.logits(inputs, self.compute_teacher_logits)
+
     def compute_distillation_loss(
         self, student_outputs: Outputs, teacher_outputs: Outputs, inputs: Mapping[str, Any]
     ) -> Tensor | dict[str, Tensor]:
@@ -278,7 +319,9 @@ class DistillationTrainer(PublishingTrainer):
         labels = inputs.get(self._label_name)
         # Teacher first: its activations are gone before the student's, which wait for the backward pass, are made.
         with self.features.of_teacher if self.features else contextlib.nullcontext():
-            teacher = Outputs(self.compute_teacher_logits(inputs)) if self.args.uses_teacher else None
+            # The cache has rows for training data alone.
+            teacher_logits = self._training_teacher_logits if model.training else self.compute_teacher_logits
+            teacher = Outputs(teacher_logits(inputs)) if self.args.uses_teacher else None
         with self.features.of_student if self.features else contextlib.nullcontext():
             student = self._student_outputs(model, inputs)
         if self.args.log_analysis:
@@ -409,6 +452,8 @@ class DistillationTrainer(PublishingTrainer):
         """The teacher's preflight and the choice of beta; a resumed run has both in its checkpoint."""
         if self.average is not None:
             self.average.go_on_from(checkpoint)
+        if self.args.uses_teacher:
+            self._open_cache()
         if checkpoint is not None:
             self._restore_provenance(checkpoint)
         if self.args.uses_teacher:
@@ -418,6 +463,51 @@ class DistillationTrainer(PublishingTrainer):
                 self.beta = self._measure_beta()
         if self.features is not None:
             self._prepare_features(self.features, checkpoint)
+
+    def cache_teacher(self) -> int:
+        """Compute and store what ``teacher_cache_dir`` lacks of the training data's views, on all processes together.
+
+        Views that repeat (``teacher_cache_views``) are that many passes over the data, others one for each of
+        ``num_train_epochs``, data without augmentation one.
+
+        Returns:
+            How many rows the processes had to compute.
+
+        Raises:
+            ValueError: without ``teacher_cache_dir``, training data or a number of views.
+            RuntimeError: if the disk is full.
+        """
+        if self.train_dataset is not None:
+            self._open_cache()
+        if self.replay is None:
+            raise ValueError(
+                "There is nothing to cache: give `teacher_cache_dir`, a teacher, a loss that uses it and "
+                "`train_dataset`."
+            )
+        views = self.replay.views.period
+        if views is None and self.args.max_steps > 0:
+            raise ValueError(
+                "How many views to compute follows from num_train_epochs, and `max_steps` is given: give "
+                "`teacher_cache_views`, or the epochs."
+            )
+
+        def batches(dataset: Dataset) -> Iterator[dict[str, Any]]:
+            loader = DataLoader(
+                SkippingDataset(dataset) if self.args.on_bad_sample == "skip" else dataset,
+                batch_size=self.args.eval_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            )
+            return map(self._prepare_inputs, loader)
+
+        done = self.replay.fill(
+            math.ceil(self.args.num_train_epochs) if views is None else views,
+            batches,
+            self.compute_teacher_logits,
+            process=self.args.process_index,
+            processes=self.args.world_size,
+        )
+        return sum(gather_object([done]))
 
     def _prepare_features(self, features: FeatureTerm, checkpoint: str | None) -> None:
         """Size the feature loss by the first batch; its parameters are then there for the optimiser."""
@@ -450,7 +540,7 @@ class DistillationTrainer(PublishingTrainer):
         compared = (
             *("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes"),
             *("label_smoothing_factor", "feature_loss", "feature_weight", "feature_loss_kwargs"),
-            *("ema_decay", "ema_warmup"),
+            *("ema_decay", "ema_warmup", "teacher_cache"),
         )
         differences = [
             f"{key} was {saved[key]} and is {now[key]}" for key in compared if key in saved and saved[key] != now[key]
@@ -471,10 +561,21 @@ class DistillationTrainer(PublishingTrainer):
         dataset = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
         if dataset is None or self.teacher is None:
             return
-        batches = self._batches(self.get_eval_dataloader(dataset))
-        measured = teacher_top1(
-            batches, self.compute_teacher_logits, self._label_name, self.accelerator, self.teacher.name
-        )
+        known = [None if self.replay is None else self.replay.measured_top1(dataset)]
+        # All processes or none run the teacher.
+        measured = cast("tuple[float, int] | None", broadcast_object_list(known)[0])
+        if measured is not None:
+            report_top1(*measured, self.teacher.name, self.teacher.num_classes)
+        else:
+            measured = teacher_top1(
+                self._batches(self.get_eval_dataloader(dataset)),
+                self.compute_teacher_logits,
+                self._label_name,
+                self.accelerator,
+                self.teacher.name,
+            )
+            if self.replay is not None and measured is not None and self.is_world_process_zero():
+                self.replay.keep_top1(dataset, measured)
         self.teacher_top1 = measured[0] if measured else None
 
     def _measure_beta(self) -> float:
@@ -487,7 +588,7 @@ class DistillationTrainer(PublishingTrainer):
         with _keeping_random_state(), torch.no_grad():
             batches = (self._mixed(batch) for batch in self._batches(self.get_train_dataloader()))
             mean, samples = mean_power_sum(
-                batches, self.compute_teacher_logits, gamma, self.args.auto_beta_samples, self.accelerator
+                batches, self._training_teacher_logits, gamma, self.args.auto_beta_samples, self.accelerator
             )
         beta = self.args.ce_weight * self.distillation_loss.balanced_beta(self.args.balance_lambda, mean)
         logger.warning(
@@ -800,6 +901,7 @@ class DistillationTrainer(PublishingTrainer):
             "averaged_weights": args.ema_decay is not None,
             "ema_decay": args.ema_decay,
             "ema_warmup": args.ema_warmup if args.ema_decay is not None else None,
+            "teacher_cache": None if self.replay is None else self.replay.provenance(),
             "seed": args.seed,
             "data_seed": args.data_seed,
             "processes": args.world_size,

@@ -170,7 +170,8 @@ def build_data(recipe: CifarArguments, config: DistillationConfig) -> tuple[Cifa
     columns = {"image_column": recipe.image_column, "label_column": recipe.label_column}
     # On one machine the first process fetches and converts; the others find it done.
     with config.main_process_first(desc="loading the data"):
-        train = CifarDataset(load_cifar(recipe.data, split="train", **columns), augment=True, seed=config.seed)
+        images = load_cifar(recipe.data, split="train", **columns)
+        train = CifarDataset(images, augment=True, seed=recipe.seed_of_views(config))
         test = CifarDataset(load_cifar(recipe.data, split="test", **columns))
     check_classes(train, test, ["the training split", "the test split"])
     return train, test

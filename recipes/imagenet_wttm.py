@@ -175,7 +175,7 @@ def build_data(recipe: ImageNetArguments, config: DistillationConfig) -> tuple[A
                 "label_column": recipe.label_column,
                 "streaming": recipe.streaming,
                 "in_memory": recipe.in_memory,
-                "seed": config.seed,
+                "seed": recipe.seed_of_views(config),
             }
             train = load_image_dataset(
                 dataset_name=recipe.dataset_name,
@@ -195,7 +195,7 @@ def build_data(recipe: ImageNetArguments, config: DistillationConfig) -> tuple[A
             )
             places = [f"split {split!r}" for split in (recipe.train_split, recipe.validation_split)]
         else:
-            options = {"seed": config.seed, "in_memory": recipe.in_memory}
+            options = {"seed": recipe.seed_of_views(config), "in_memory": recipe.in_memory}
             train = load_image_dataset(
                 recipe.train_dir, transform=transforms["train"], decoder=TRAIN_DECODER, **options
             )

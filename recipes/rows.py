@@ -41,7 +41,7 @@ _SETTINGS = (
     *("balance_lambda", "feature_loss", "feature_weight", "feature_loss_kwargs", "max_steps", "nesterov"),
     *("lr_scheduler_type", "warmup_steps", "optim_args", "label_smoothing_factor", "mixup_alpha", "cutmix_alpha"),
     *("teacher_checkpoint", "teacher_class_map", "teacher_input_size", "load_best_model_at_end"),
-    *("ema_decay", "ema_warmup"),
+    *("ema_decay", "ema_warmup", "teacher_cache_views"),
 )
 
 
@@ -72,6 +72,16 @@ class RowArguments(ABC):
             "output_dir, whose results.json then has mean and standard deviation."
         },
     )
+    view_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the augmented views; by default seed, and with teacher_cache_dir the first seed of the "
+            "launch: one cache then serves all of them."
+        },
+    )
+    cache_teacher: bool = field(
+        default=False, metadata={"help": "Compute what teacher_cache_dir lacks, on all processes, and train nothing."}
+    )
     paper_top1: float | None = field(
         default=None, metadata={"help": "The paper's top-1 for this row in %%, quoted in results.json as the paper's."}
     )
@@ -89,6 +99,10 @@ class RowArguments(ABC):
             raise ValueError(f"`student_kwargs` must be a JSON object, got {self.student_kwargs!r}.")
         if self.seeds < 1:
             raise ValueError(f"`seeds` must be at least 1, got {self.seeds}.")
+
+    def seed_of_views(self, config: DistillationConfig) -> int:
+        """Of which, with the epoch and the index, a training image's view is a function."""
+        return config.seed if self.view_seed is None else self.view_seed
 
     @property
     @abstractmethod
@@ -215,6 +229,8 @@ def parse(recipe: Recipe, argv: Sequence[str] | None = None) -> list[Run]:
         changed.append("total_batch_size")
 
     first = values.get("seed", parser.get_default("seed"))
+    if arguments.view_seed is None and values.get("teacher_cache_dir"):
+        arguments.view_seed = first
     runs = []
     for seed in range(first, first + arguments.seeds):
         output_dir = folder if arguments.seeds == 1 else f"{folder}/seed{seed}"
@@ -468,6 +484,12 @@ def train_row(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
             continue
         with mistakes_end_the_run():
             trainer = recipe.build(run.arguments, run.config)
+        if run.arguments.cache_teacher:
+            with mistakes_end_the_run():
+                rows = trainer.cache_teacher()
+            if trainer.is_world_process_zero():
+                print(f"{run.config.teacher_cache_dir}: {rows:,} rows of teacher logits computed.", flush=True)
+            return
         if trainer.is_world_process_zero():
             say_what_will_run(run, trainer)
         start = time.perf_counter()

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import datasets
 import timm
 import torch
 from PIL import Image
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 import hf_kd.hub
-from hf_kd import DistillationTrainer, Teacher, create_student, publish_student
+from hf_kd import DistillationTrainer, Teacher, TeacherCache, create_student, publish_student
 from hf_kd.cli import main
 
 
@@ -159,6 +160,31 @@ def run_code(code, names):
     space = {}
     exec("\n".join(names), space)
     return [type(eval(line, space)).__name__ for line in code]
+
+
+def push_cache(folder, repo_id, **options):
+    return TeacherCache(folder).push_to_hub(repo_id, **options)
+
+
+def fetch_cache(repo_id, folder, **options):
+    """A published cache as another machine has it, and how many columns `datasets` sees."""
+    cache = TeacherCache.from_hub(repo_id, folder, **options)
+    table = datasets.load_dataset(repo_id, split="train")
+    return {"views": cache.views, "dtype": cache.dtype, "columns": table.column_names, "rows": len(table)}
+
+
+def train_with_cache(teacher, folder):
+    """Two runs with one cache: of each, whether its teacher was built, and the last loss."""
+    found = []
+    for number in range(2):
+        student, _ = student_and_processor("student")
+        data = Images(count=8, size=SIZE)
+        data.fixed_views = True
+        args = config(f"{folder}/{number}", teacher_cache_dir=f"{folder}/cache")
+        trainer = DistillationTrainer(student, teacher, args, train_dataset=data)
+        trainer.train()
+        found.append([getattr(trainer.teacher, "is_built", True), trainer.state.log_history[0]["loss"]])
+    return found
 
 
 def try_load(name):

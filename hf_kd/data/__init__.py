@@ -14,8 +14,8 @@ from .digits import (
     load_digits,
 )
 from .images import HubImageDataset, HubImageStream, ImageFolderDataset, load_image_dataset
-from .transforms import eval_transform, train_transform
-from .views import EpochCallback, set_dataset_epoch, view_rng, view_seed
+from .transforms import eval_transform, is_deterministic, train_transform
+from .views import EpochCallback, EpochMixin, set_dataset_epoch, view_rng, view_seed
 
 
 __all__ = [
@@ -31,12 +31,14 @@ __all__ = [
     "DigitsSplit",
     "DigitsSplits",
     "EpochCallback",
+    "EpochMixin",
     "HubImageDataset",
     "HubImageStream",
     "ImageFolderDataset",
     "SkippingDataset",
     "collate",
     "eval_transform",
+    "is_deterministic",
     "load_cifar",
     "load_digits",
     "load_image",

@@ -390,6 +390,10 @@ class CifarDataset(InMemoryDataset):
         self._places = _places_of_views()
         self._drawn: tuple[int, Tensor] | None = None
 
+    @property
+    def fixed_views(self) -> bool:
+        return not self.augment
+
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         pixels = self.images.index_select(0, rows)

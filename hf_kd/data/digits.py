@@ -135,6 +135,10 @@ class DigitsDataset(InMemoryDataset):
         self._pixels = normalised[:, :1].contiguous() if same else normalised
         self._black = ((0.0 - centre) / scale)[:, : self._pixels.shape[1]]
 
+    @property
+    def fixed_views(self) -> bool:
+        return not self.shift
+
     @staticmethod
     def _hide(labels: torch.Tensor, labelled: int | None, seed: int) -> torch.Tensor:
         if labelled is None:

@@ -31,6 +31,7 @@ from ..labels import IGNORE_INDEX
 from ..text import first_line, some
 from .decoded import DecodedPictures
 from .decoding import Loader, load_image, loader, unreadable
+from .transforms import is_deterministic
 from .views import EpochMixin, keeping_rng, seed_view, view_rng
 
 
@@ -64,6 +65,10 @@ class _ImageDataset(EpochMixin, Dataset):
             return next(self._read([index], self._load))
         except ValueError as error:
             return error
+
+    @property
+    def fixed_views(self) -> bool:
+        return is_deterministic(self.transform)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -218,6 +223,11 @@ class HubImageDataset(_ImageDataset):
             )
         if in_memory:
             self._keep_in_memory()
+
+    @property
+    def table_fingerprint(self) -> str:
+        """What `datasets` calls this table: another one for other rows, columns or files."""
+        return self._rows._fingerprint
 
     def _read(self, indices: Sequence[int], load: Loader) -> Iterator[Any]:
         # All rows at once: one by one they take four times as long.

@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import transforms as timm_transforms
+from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional
 
 
 def _interpolation(name: str) -> InterpolationMode:
@@ -147,3 +150,30 @@ def eval_transform(
         )
     shrink = v2.Resize(resize, interpolation=_interpolation(interpolation))
     return v2.Compose([shrink, v2.CenterCrop(size), *_to_tensor(mean, std, normalize)])
+
+
+# What gives the same view of a picture each time; what is not listed may be random.
+_DETERMINISTIC = frozenset(
+    {
+        *(v1.CenterCrop, v1.ConvertImageDtype, v1.Grayscale, v1.Normalize, v1.PILToTensor, v1.Pad, v1.Resize),
+        *(v1.ToTensor, v2.CenterCrop, v2.Grayscale, v2.Identity, v2.Normalize, v2.Pad, v2.PILToTensor, v2.Resize),
+        *(v2.RGB, v2.ToDtype, v2.ToImage, v2.ToPureTensor, timm_transforms.ToNumpy, timm_transforms.ToTensor),
+        *(timm_transforms.CenterCropOrPad, timm_transforms.MaybePILToTensor, timm_transforms.MaybeToTensor),
+    }
+)
+_DETERMINISTIC_FUNCTIONS = (functional.pil_to_tensor, functional.to_image, v1.functional.to_tensor)
+
+
+def is_deterministic(transform: Callable[..., object]) -> bool:
+    """Whether a transform is known to give the same view of a picture each time.
+
+    It is if torchvision's or timm's resizing, cropping at the centre, conversion and normalisation are all that it
+    consists of, or if it says so itself by an attribute `deterministic`. Anything else counts as random.
+    """
+    if isinstance(transform, (v1.Compose, v2.Compose)):
+        return all(is_deterministic(part) for part in transform.transforms)
+    return (
+        type(transform) in _DETERMINISTIC
+        or transform in _DETERMINISTIC_FUNCTIONS
+        or getattr(transform, "deterministic", False) is True
+    )

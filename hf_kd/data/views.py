@@ -59,7 +59,12 @@ def seed_view(seed: int, epoch: int, key: int) -> int:
 
 
 class EpochMixin:
-    """An epoch that worker processes see as well, persistent ones included: it lives in shared memory."""
+    """An epoch that worker processes see as well, persistent ones included: it lives in shared memory.
+
+    A subclass calls `_init_epoch` and makes each view a function of (seed, `epoch`, index), see [`view_rng`].
+    """
+
+    _period: int | None = None
 
     def _init_epoch(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -69,9 +74,30 @@ class EpochMixin:
         """The epoch whose views are served; 0 until [`set_epoch`] is called."""
         return int(self._epoch)
 
+    @property
+    def period(self) -> int | None:
+        """After how many epochs the views repeat (see [`cycle_views`]); None if they do not."""
+        return self._period
+
+    @property
+    def fixed_views(self) -> bool:
+        """Whether a sample is the same in every epoch. False unless the data set knows that it is."""
+        return False
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose views are served from now on, in this process and in its workers."""
-        self._epoch.fill_(int(epoch))
+        self._epoch.fill_(int(epoch) % self._period if self._period else int(epoch))
+
+    def cycle_views(self, period: int | None) -> None:
+        """Have the views repeat: epoch e serves those of epoch e % `period`; None for new ones in every epoch.
+
+        The order of the samples, which is a sampler's, is as new in every epoch as before. Raises ValueError for a
+        period below 1.
+        """
+        if period is not None and period < 1:
+            raise ValueError(f"`period` must be a number of epochs, at least 1, or None, got {period!r}.")
+        self._period = period
+        self.set_epoch(self.epoch)
 
 
 def set_dataset_epoch(dataset: Any, epoch: int) -> None:

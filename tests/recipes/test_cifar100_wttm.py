@@ -313,3 +313,16 @@ def test_mistakes_end_with_one_sentence(recipe, name, data, checkpoint, tmp_path
     assert message in error and "Traceback" not in error
     assert len([line for line in error.splitlines() if "error:" in line]) == 1
     assert not (tmp_path / "out" / "results.json").exists() and not list(tmp_path.glob("cache/*/*"))
+
+
+def test_one_cache_of_the_teacher_serves_all_seeds(recipe, data, checkpoint, tmp_path, capsys):
+    cache = {"teacher_cache_dir": tmp_path / "cache", "teacher_cache_views": 1, "seeds": 2}
+    options = {**SMALL, **QUICK, "config": FIRST / "wttm.yaml", "teacher_checkpoint": checkpoint, **cache}
+    recipe.main([*arguments(data, tmp_path / "ahead", **options), "--cache_teacher"])
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'cache'}: 20 rows of teacher logits computed.\n")
+    runs = parse(recipe, *arguments(data, tmp_path / "runs", **options))
+    assert [run.config.seed for run in runs] == [42, 43] and "teacher_cache_views" in runs[0].changed
+    for run in runs:
+        trainer = recipe.build_trainer(run.arguments, run.config)
+        trainer.train()
+        assert trainer.train_dataset.seed == 42 and not trainer.teacher.is_built
