@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from test_trainer import assert_same, history, make, probabilities_by_hand, weights
-from tiny import CLASSES, ConvNet, Images, Tagger, networks, vit
+from tiny import CLASSES, ConvNet, Images, Tagger, networks, vit, without_times
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -131,10 +131,6 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, options):
     for entry, other in zip(log[:-1], more[:-1], strict=True):
         assert entry.items() <= other.items()
         assert other.keys() - entry.keys() == (TEACHER | GRADIENTS) - {"power_sum"}
-
-
-def without_times(entry):
-    return {key: value for key, value in entry.items() if key != "data_wait"}
 
 
 def test_without_it_nothing_is_computed(tmp_path, monkeypatch):

@@ -99,3 +99,8 @@ def config(folder, **options):
         "teacher_preflight": False,
     }
     return DistillationConfig(str(folder), **{**defaults, **options})
+
+
+def without_times(entry):
+    """A log entry but for what differs from run to run: how long things took."""
+    return {k: v for k, v in entry.items() if k != "data_wait" and "runtime" not in k and "per_second" not in k}

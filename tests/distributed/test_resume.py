@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from processes import run_processes
-from tiny import ConvNet, Images, config, networks
+from tiny import ConvNet, Images, config, networks, without_times
 
 from hf_kd import DistillationTrainer
 from hf_kd.data import view_rng
@@ -67,8 +67,7 @@ def train(rank, folder, stop_after=None, resume=None, **options):
     return {
         "weights": {key: value.clone() for key, value in student.state_dict().items()},
         "beta": trainer.beta,
-        "log": [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
-                for entry in trainer.state.log_history if "loss" in entry],
+        "log": [without_times(entry) for entry in trainer.state.log_history if "loss" in entry],
         "asked": data.asked,
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from tiny import without_times
 from torch import nn
 from transformers import get_scheduler
 
@@ -109,12 +110,7 @@ def parse(recipe, images, folder, argv=()):
 
 def log_of(folder):
     state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    # Without the one value that is a time.
-    return [
-        {key: value for key, value in entry.items() if key != "data_wait"}
-        for entry in state["log_history"]
-        if "loss" in entry
-    ]
+    return [without_times(entry) for entry in state["log_history"] if "loss" in entry]
 
 
 # The rows ---------------------------------------------------------------------------------------------------------
