@@ -79,6 +79,7 @@ def call(rank, arguments):
     return main(arguments)
 
 
+@pytest.mark.slow
 def test_processes_share_it(place, tmp_path):
     cache = tmp_path / "cache"
     arguments = [
