@@ -48,6 +48,7 @@ from .lean_steps import step_directly
 from .losses import Outputs, functional
 from .losses.feature import build_feature_loss
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
+from .memory_format import channels_last_is_faster, in_channels_last, weights_in_channels_last
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, timm_network, unwrap
@@ -56,10 +57,12 @@ from .publishing_trainer import PublishingTrainer
 from .reliable_trainer import changed
 from .repository import TRAINING_ARGS, public_arguments
 from .samples import count_samples, sample_mask, without_repeats
+from .side_stream import SideStream
 from .student import WEIGHTS, adopt_label_names, load_student_weights, save_student
 from .teacher import Teacher
 from .teacher_cache.deferred import recognised_teacher
 from .teacher_cache.replay import Replay
+from .teacher_speed import Speed
 from .version import __version__
 
 
@@ -154,6 +157,14 @@ class DistillationTrainer(PublishingTrainer):
         self._logged_components: dict[str, float] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
+        if self.args.channels_last and self._engine:
+            raise ValueError(
+                f"`channels_last` does not go with {self._engine}, which lays the student's weights out itself: leave "
+                "it out, or use a launch configuration without it (DDP)."
+            )
+        # None until it is measured.
+        self._channels_last = None if self.args.channels_last == "auto" else bool(self.args.channels_last)
+        self._teacher_stream = self._build_teacher_stream()
         self._normaliser: PixelNormaliser | None = None
         if self.teacher is not None:
             preprocessing = Preprocessing.of(student)
@@ -166,6 +177,9 @@ class DistillationTrainer(PublishingTrainer):
                 dtype=self.args.teacher_torch_dtype,
                 compile=self.args.teacher_compile,
                 sharded=self.args.teacher_fsdp,
+                fold_batchnorm=self.args.teacher_fold_batchnorm,
+                channels_last=self._channels_last,
+                auto=self.args.teacher_speed == "auto",
             )
             self._student_preprocessing = preprocessing
             if self.train_dataset is not None:
@@ -257,6 +271,13 @@ class DistillationTrainer(PublishingTrainer):
             return None
         return WeightAverage(args.ema_decay, warmup=args.ema_warmup, step_was_taken=self._step_was_taken)
 
+    def _build_teacher_stream(self) -> SideStream:
+        # The default stream of the CPU is all there is.
+        wanted = self.args.teacher_stream
+        if wanted and self.args.device.type != "cuda":
+            logger.warning("`teacher_stream` needs CUDA: on this %s the teacher runs in turn.", self.args.device.type)
+        return SideStream(self.args.device if wanted else torch.device("cpu"))
+
     # ---- What subclasses override ----------------------------------------------------------------------------------
 
     def compute_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -266,11 +287,14 @@ class DistillationTrainer(PublishingTrainer):
             inputs: the batch as the student sees it (mixed if mixing is on), labels included.
         """
         assert self.teacher is not None
+        # The whole batch: a network takes its own of it, and a callable may know its samples by their index.
+        with self._teacher_autocast():
+            return self.teacher(**self._with_usual_label_name(inputs))
+
+    def _teacher_autocast(self) -> contextlib.AbstractContextManager[Any]:
         # In a dtype of its own, the teacher runs in that alone.
         own_dtype = self.args.teacher_torch_dtype is not None
-        # The whole batch: a network takes its own of it, and a callable may know its samples by their index.
-        with contextlib.nullcontext() if own_dtype else self.accelerator.autocast():
-            return self.teacher(**self._with_usual_label_name(inputs))
+        return contextlib.nullcontext() if own_dtype else self.accelerator.autocast()
 
     def _training_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """:meth:`compute_teacher_logits` of a training batch, or what is stored of it."""
@@ -318,12 +342,13 @@ class DistillationTrainer(PublishingTrainer):
                 self.distillation_loss.set_epoch(self.state.epoch or 0.0)
         labels = inputs.get(self._label_name)
         # Teacher first: its activations are gone before the student's, which wait for the backward pass, are made.
-        with self.features.of_teacher if self.features else contextlib.nullcontext():
+        with self._teacher_stream.beside(), self.features.of_teacher if self.features else contextlib.nullcontext():
             # The cache has rows for training data alone.
             teacher_logits = self._training_teacher_logits if model.training else self.compute_teacher_logits
             teacher = Outputs(teacher_logits(inputs)) if self.args.uses_teacher else None
         with self.features.of_student if self.features else contextlib.nullcontext():
             student = self._student_outputs(model, inputs)
+        self._teacher_stream.join()
         if self.args.log_analysis:
             student.logits = term_gradients.watched(student.logits)
         if teacher is not None and teacher.logits.shape != student.logits.shape:
@@ -405,6 +430,9 @@ class DistillationTrainer(PublishingTrainer):
             raw = model(*args, **kwargs)
         return Outputs(logits_of(raw), raw)
 
+    def _student_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        return self._student_outputs(model, inputs).logits
+
     def _with_usual_label_name(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its labels under "labels", by which networks are known not to want them."""
         return {
@@ -456,6 +484,7 @@ class DistillationTrainer(PublishingTrainer):
             self._open_cache()
         if checkpoint is not None:
             self._restore_provenance(checkpoint)
+        self._choose_speed()
         if self.args.uses_teacher:
             if self.args.teacher_preflight and self.teacher_top1 is None:
                 self._preflight()
@@ -509,6 +538,41 @@ class DistillationTrainer(PublishingTrainer):
         )
         return sum(gather_object([done]))
 
+    def _choose_speed(self) -> None:
+        """Measure, in the first process, what the configuration leaves open; a checkpoint has had it restored."""
+        parts = [part for part in self._teacher_parts if part.speed_is_open]
+        if self._channels_last is not None and not parts:
+            return
+        with _keeping_random_state():
+            batch = self._with_usual_label_name(next(self._batches(self.get_train_dataloader())))
+            chosen: list[Any] = [self._channels_last, None]
+            if self.is_world_process_zero():
+                with self._teacher_autocast():
+                    chosen[1] = [part.choose_speed(batch) for part in parts]
+                if self._channels_last is None:
+                    student = unwrap(self.model)
+                    chosen[0] = channels_last_is_faster(student, batch, self._student_logits, self.args.device)
+        broadcast_object_list(chosen)
+        self._channels_last, speeds = chosen
+        for part, speed in zip(parts, speeds, strict=True):
+            part.run_as(speed)
+
+    @property
+    def _teacher_parts(self) -> list[Teacher]:
+        """The teacher's networks, if it is used."""
+        parts = self.teacher.parts if self.teacher is not None and self.args.uses_teacher else []
+        return [part for part in parts if part.is_module]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._channels_last:
+            weights_in_channels_last(unwrap(self.model))
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        data = super()._prepare_input(data)
+        # Once, for both networks.
+        return in_channels_last(data) if self._channels_last else data
+
     def _prepare_features(self, features: FeatureTerm, checkpoint: str | None) -> None:
         """Size the feature loss by the first batch; its parameters are then there for the optimiser."""
         if self._engine and not features.loss.built:
@@ -536,6 +600,13 @@ class DistillationTrainer(PublishingTrainer):
         self.teacher_top1 = (saved.get("teacher") or {}).get("top1")
         if self.args.beta == "auto":
             self.beta = saved.get("beta")
+        if self._channels_last is None:
+            self._channels_last = saved.get("channels_last")
+        speeds, parts = saved.get("teacher_speed") or [], self._teacher_parts
+        if len(speeds) == len(parts):
+            for part, values in zip(parts, speeds, strict=True):
+                if part.speed_is_open:
+                    part.run_as(Speed.from_json(values))
         now = self.provenance()
         compared = (
             *("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes"),
@@ -885,6 +956,8 @@ class DistillationTrainer(PublishingTrainer):
                 "parameters": sum(p.numel() for p in student.parameters()),
                 **({"base_model": student.started_from} if getattr(student, "started_from", None) else {}),
             },
+            "teacher_speed": [part.speed.to_json() for part in self._teacher_parts],
+            "channels_last": self._channels_last,
             "data": self._data_facts(),
             "loss": loss,
             "gamma": args.gamma if named else None,
