@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from .kernels import KERNELS
 from .launch import runs_on_cpus
 from .losses import functional
 from .losses.feature import FEATURE_LOSSES, build_feature_loss
@@ -68,6 +69,12 @@ class DistillationConfig(TrainingArguments):
             Further arguments of the loss. DKD: `alpha`, `beta`, `warmup_epochs`. DIST: `beta`, `gamma`, `eps`. NKD:
             `gamma`. What these losses call `beta` and `gamma` are weights inside the loss: neither the `beta` nor the
             `gamma` above, which are the weight of the whole and 1/temperature. Their `temperature` may stand here too.
+        fused_loss (`str`, *optional*, defaults to `"auto"`):
+            What computes WTTM or TTM and the cross-entropy with it, at once and with their gradient: `"eager"`
+            (torch's own operations), `"compiled"` (torch.compile, on a CPU; some seconds at the first step),
+            `"triton"` (on a GPU), or `"off"` for the formulas composed. `"auto"` is eager, but compiled on a CPU for
+            batches of 4,000,000 logits or more. Other losses, soft labels and label smoothing are always composed.
+            Results agree to rounding, not to the last bit.
 
         > Parameters that control the teacher
 
@@ -239,6 +246,10 @@ class DistillationConfig(TrainingArguments):
     )
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of cross-entropy; 0 trains without labels."})
     loss_kwargs: dict | str | None = field(default=None, metadata={"help": "Further arguments of the loss, as JSON."})
+    fused_loss: str = field(
+        default="auto",
+        metadata={"help": "What computes WTTM or TTM with the cross-entropy: auto, eager, compiled, triton, or off."},
+    )
 
     # --- The teacher ---
     teacher_checkpoint: str | None = field(
@@ -546,6 +557,7 @@ class DistillationConfig(TrainingArguments):
         elif self.ema_warmup:
             raise ValueError("`ema_warmup` is for the decay of an average, and there is none: give `ema_decay`.")
         for name, allowed in (
+            ("fused_loss", ("auto", "off", *KERNELS)),
             ("on_nonfinite", ("raise", "skip")),
             ("on_bad_sample", ("raise", "skip")),
             ("teacher_dtype", (None, *_DTYPES)),
