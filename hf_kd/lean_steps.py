@@ -10,10 +10,15 @@ from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+
+
+# Numbers that are put together in less time than their tensors are gone through one by one.
+_SMALL = 2**18
 
 
 @contextlib.contextmanager
@@ -50,7 +55,11 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -
     Returns:
         The norm before, a scalar.
     """
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if sum(gradient.numel() for gradient in gradients) <= _SMALL and gradients:
+        norm = torch.linalg.vector_norm(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    else:
+        norm = get_total_norm(gradients, foreach=True)
     # Looking costs nothing on the CPU and would stall every step elsewhere.
     if max_norm is not None and not (norm.device.type == "cpu" and norm <= max_norm):
         clip_grads_with_norm_(parameters, max_norm, norm)

@@ -19,16 +19,24 @@ from hf_kd.lean_steps import clip_gradients, staying_in_train_mode, step_directl
 
 
 @pytest.mark.parametrize("max_norm", [0.01, 1e6, None])
-def test_clips_as_torch_does(max_norm):
-    ours, theirs = ConvNet(), ConvNet()
+@pytest.mark.parametrize("width", [6, 30_000])
+def test_clips_as_torch_does(width, max_norm):
+    ours, theirs = ConvNet(width=width), ConvNet(width=width)
     for number, (own, other) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
         own.grad = None if number == 1 else torch.randn_like(own)
         other.grad = None if number == 1 else own.grad.clone()
     norm = clip_gradients(list(ours.parameters()), max_norm)
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), float("inf") if max_norm is None else max_norm)
-    assert torch.equal(norm, expected) and norm > 1
+    torch.testing.assert_close(norm, expected)
+    assert norm > 1
     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert own.grad is other.grad is None or torch.equal(own.grad, other.grad)
+        assert (own.grad is None) == (other.grad is None)
+        if own.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_no_gradient_has_the_norm_zero():
+    assert clip_gradients(list(ConvNet().parameters()), 1.0) == 0
 
 
 def test_a_norm_that_is_no_number_spoils_all_gradients_as_torchs_does():

@@ -157,26 +157,31 @@ class RowStorage:
             rows = self._map(shard)
             if rows is not None:
                 here = places // self._shard_rows == shard
-                found[here] = rows["crc"][places[here] % self._shard_rows] != 0
+                checksums = rows.view(self.codec.record)["crc"][:, 0]
+                found[here] = checksums[places[here] % self._shard_rows] != 0
         return found
 
     def _gather(self, places: np.ndarray) -> np.ndarray:
+        size = self.codec.record.itemsize
         shards, offsets = np.divmod(places, self._shard_rows)
         first = int(shards[0])
         if (shards == first).all():
             rows = self._map(first)
-            return np.zeros(len(places), self.codec.record) if rows is None else rows[offsets]
-        records = np.zeros(len(places), self.codec.record)
-        for shard in np.unique(shards):
-            rows = self._map(int(shard))
-            if rows is not None:
-                here = shards == shard
-                records[here] = rows[offsets[here]]
-        return records
+            # As bytes: numpy takes records one field at a time.
+            data = np.zeros((len(places), size), np.uint8) if rows is None else rows.take(offsets, axis=0)
+        else:
+            data = np.zeros((len(places), size), np.uint8)
+            for shard in np.unique(shards):
+                rows = self._map(int(shard))
+                if rows is not None:
+                    here = shards == shard
+                    data[here] = rows.take(offsets[here], axis=0)
+        return data.view(self.codec.record)[:, 0]
 
     def _places(self, view: int, indices: np.ndarray) -> np.ndarray:
         indices = np.asarray(indices, dtype=np.int64)
-        if len(indices) and not (indices.min() >= 0 and indices.max() < self.samples):
+        # Negative numbers are the largest unsigned ones.
+        if (indices.view(np.uint64) >= self.samples).any():
             wrong = next(int(i) for i in indices if not 0 <= i < self.samples)
             raise ValueError(
                 f"The teacher cache {self.folder} has rows for the samples 0 to {self.samples - 1}, and the batch has "
@@ -286,16 +291,15 @@ class RowStorage:
             )
 
     def _map(self, shard: int) -> np.ndarray | None:
-        """The rows of a shard, or None while nobody has made it."""
+        """The rows of a shard as bytes, or None while nobody has made it."""
         if shard not in self._maps:
             path = self._path(shard)
             if not path.is_file():
                 return None
             self._check(path)
+            size = self.codec.record.itemsize
             # As a plain array: numpy's memmap class takes longer to index.
-            self._maps[shard] = np.memmap(path, self.codec.record, mode="r", shape=(self._shard_rows,)).view(
-                np.ndarray
-            )
+            self._maps[shard] = np.memmap(path, np.uint8, mode="r", shape=(self._shard_rows, size)).view(np.ndarray)
         return self._maps[shard]
 
     def _file(self, shard: int) -> int:

@@ -2,10 +2,16 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/step.py [--workload cifar|small] [--rounds 9] [--output FILE]
 
-Everything takes turns in one process (side_by_side.py) on the same networks, the same batches and KD's objective,
-0.1 CE + 0.9 T² D(p_T || q_T) with T = 4. The first table is live, the second from stored logits. The baseline of a
-table is the loop by hand that runs the teacher first; the second such loop shows the noise. timm and, if it is
-installed (pip install torchdistill), torchdistill have their own order of things.
+Everything takes turns in one process (side_by_side.py), on the same networks and the same batches.
+
+* "peers": KD's objective, 0.1 CE + 0.9 T² D(p_T || q_T) with T = 4, with a live teacher. The baseline is the loop by
+  hand that runs the teacher first; the second such loop shows the noise. timm and, if it is installed
+  (pip install torchdistill), torchdistill have their own order of things.
+* "cache": WTTM, CE + U D(p_T || q) with gamma = 0.5, the teacher's logits from a teacher cache that is full, beside
+  the student trained by hand on the labels alone.
+
+The fast options are those that `teacher_speed="auto"` would choose from. What they change: bf16 moves the teacher's
+logits by some thousandths of the largest.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import copy
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm
@@ -41,15 +47,19 @@ WORKLOADS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "small": ("resnet18", "resnet10t", QUICKSTART),
 }
 BATCH, CLASSES, IMAGES = 64, 100, 4096
-TEMPERATURE, CE_WEIGHT = 4.0, 0.1
+TEMPERATURE, CE_WEIGHT, GAMMA = 4.0, 0.1, 0.5
+KD = {"loss": "kd", "temperature": TEMPERATURE, "beta": 1 - CE_WEIGHT, "ce_weight": CE_WEIGHT}
+WTTM = {"loss": "wttm", "gamma": GAMMA}
+FAST_TEACHER = {"teacher_fold_batchnorm": True, "teacher_dtype": "bf16", "channels_last": True}
 SGD = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 class Workload:
     """Two networks and their data; each loop gets a student of its own with the same weights."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, folder: str) -> None:
         torch.manual_seed(0)
+        self.cache = folder
         images = {"mean": CIFAR100_MEAN, "std": CIFAR100_STD, "input_size": (3, 32, 32)}
         teacher, student, options = WORKLOADS[name]
         self.teacher = timm.create_model(teacher, num_classes=CLASSES, pretrained_cfg_overlay=images)
@@ -85,18 +95,22 @@ def kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return CE_WEIGHT * F.cross_entropy(student, labels) + (1 - CE_WEIGHT) * TEMPERATURE**2 * soft
 
 
-def by_hand(work: Workload, steps: int, order: str, *, channels_last: bool = False) -> Loop:
+def wttm(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Likewise."""
+    powers = F.softmax(teacher, dim=1) ** GAMMA
+    power_sum = powers.sum(dim=1, keepdim=True)
+    divergence = F.kl_div(F.log_softmax(student, dim=1), powers / power_sum, reduction="none").sum(dim=1)
+    return F.cross_entropy(student, labels) + (power_sum[:, 0] * divergence).mean()
+
+
+def by_hand(work: Workload, steps: int, order: str, objective: Callable[..., Tensor]) -> Loop:
     """A loop of torch alone; `order` is "teacher first", "student first", "stored" logits or "labels" alone."""
 
     def loop(turn: Turn) -> None:
         student = work.student().train()
-        if channels_last:
-            student = student.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(student.parameters(), **SGD)
         for batch in work.batches(steps):
             images, labels = batch["pixel_values"], batch["labels"]
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
             teacher = work.logits[batch["index"]] if order == "stored" else None
             if order == "teacher first":
                 with torch.no_grad():
@@ -105,7 +119,7 @@ def by_hand(work: Workload, steps: int, order: str, *, channels_last: bool = Fal
             if order == "student first":
                 with torch.no_grad():
                     teacher = work.teacher(images)
-            loss = F.cross_entropy(logits, labels) if teacher is None else kd(logits, teacher, labels)
+            loss = F.cross_entropy(logits, labels) if teacher is None else objective(logits, teacher, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -125,36 +139,34 @@ class EndOfStep(TrainerCallback):
         self._turn()
 
 
-def trainer(work: Workload, steps: int, *, stored: bool = False, **settings: Any) -> Loop:
+def make_trainer(
+    work: Workload, folder: str, callbacks: list[TrainerCallback], **settings: Any
+) -> DistillationTrainer:
+    args = DistillationConfig(
+        folder,
+        optim="sgd",
+        learning_rate=SGD["lr"],
+        momentum=SGD["momentum"],
+        weight_decay=SGD["weight_decay"],
+        lr_scheduler_type="constant",
+        decay_all_parameters=True,
+        max_grad_norm=0.0,
+        per_device_train_batch_size=BATCH,
+        logging_steps=50,
+        log_level="error",
+        save_strategy="no",
+        teacher_preflight=False,
+        disable_tqdm=True,
+        report_to="none",
+        **settings,
+    )
+    return DistillationTrainer(work.student(), work.teacher, args, train_dataset=work.data, callbacks=callbacks)
+
+
+def trainer(work: Workload, steps: int, **settings: Any) -> Loop:
     def loop(turn: Turn) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            args = DistillationConfig(
-                folder,
-                loss="kd",
-                temperature=TEMPERATURE,
-                beta=1 - CE_WEIGHT,
-                ce_weight=CE_WEIGHT,
-                optim="sgd",
-                learning_rate=SGD["lr"],
-                momentum=SGD["momentum"],
-                weight_decay=SGD["weight_decay"],
-                lr_scheduler_type="constant",
-                decay_all_parameters=True,
-                max_grad_norm=0.0,
-                per_device_train_batch_size=BATCH,
-                max_steps=steps,
-                logging_steps=50,
-                log_level="error",
-                save_strategy="no",
-                teacher_preflight=False,
-                disable_tqdm=True,
-                report_to="none",
-                **settings,
-            )
-            teacher = (lambda index, **_: work.logits[index]) if stored else work.teacher
-            DistillationTrainer(
-                work.student(), teacher, args, train_dataset=work.data, callbacks=[EndOfStep(turn)]
-            ).train()
+            make_trainer(work, folder, [EndOfStep(turn)], max_steps=steps, **settings).train()
 
     return loop
 
@@ -230,29 +242,50 @@ def torchdistill_box(work: Workload, steps: int) -> Loop:
 
 BARE = "by hand, teacher first"
 STUDENT = "by hand, student alone (CE)"
+OURS = "DistillationTrainer"
 
 
-def live_loops(work: Workload, steps: int) -> dict[str, Loop]:
+def peers(work: Workload, steps: int, compile: bool) -> dict[str, Loop]:
     loops = {
-        BARE: by_hand(work, steps, "teacher first"),
-        f"{BARE} (again)": by_hand(work, steps, "teacher first"),
-        "by hand, student first": by_hand(work, steps, "student first"),
-        "DistillationTrainer": trainer(work, steps),
+        BARE: by_hand(work, steps, "teacher first", kd),
+        f"{BARE} (again)": by_hand(work, steps, "teacher first", kd),
+        "by hand, student first": by_hand(work, steps, "student first", kd),
         "timm LogitDistillationTask": timm_task(work, steps),
     }
     if importlib.util.find_spec("torchdistill"):
         loops["torchdistill"] = torchdistill_box(work, steps)
+    loops[OURS] = trainer(work, steps, **KD)
+    loops[f"{OURS}, channels last"] = trainer(work, steps, channels_last=True, **KD)
+    fast = f"{OURS}, channels last, teacher folded in bf16"
+    loops[fast] = trainer(work, steps, **FAST_TEACHER, **KD)
+    if compile:
+        loops[f"{fast}, student compiled"] = trainer(work, steps, torch_compile=True, **FAST_TEACHER, **KD)
     return loops
 
 
-def stored_loops(work: Workload, steps: int) -> dict[str, Loop]:
-    return {
-        STUDENT: by_hand(work, steps, "labels"),
-        f"{STUDENT} (again)": by_hand(work, steps, "labels"),
-        "by hand, stored logits": by_hand(work, steps, "stored"),
-        "DistillationTrainer, stored logits": trainer(work, steps, stored=True),
-        BARE: by_hand(work, steps, "teacher first"),
+def cache(work: Workload, steps: int, compile: bool) -> dict[str, Loop]:
+    stored = {"teacher_cache_dir": work.cache, "teacher_cache_views": 1, **WTTM}
+    with tempfile.TemporaryDirectory() as folder:
+        make_trainer(work, folder, [], **stored).cache_teacher()
+    loops = {
+        STUDENT: by_hand(work, steps, "labels", wttm),
+        f"{STUDENT} (again)": by_hand(work, steps, "labels", wttm),
+        "by hand, stored logits": by_hand(work, steps, "stored", wttm),
+        f"{OURS}, cache": trainer(work, steps, **stored),
+        f"{OURS}, cache, channels last": trainer(work, steps, channels_last=True, **stored),
+        BARE: by_hand(work, steps, "teacher first", wttm),
+        f"{OURS}, live": trainer(work, steps, **WTTM),
     }
+    if compile:
+        options = {"channels_last": True, "torch_compile": True}
+        loops[f"{OURS}, cache, channels last, compiled"] = trainer(work, steps, **options, **stored)
+    return loops
+
+
+TABLES = {
+    "peers": ("KD with a live teacher", peers, BARE),
+    "cache": ("WTTM from a teacher cache", cache, STUDENT),
+}
 
 
 def report(title: str, times: dict[str, list[dict[str, float]]], baseline: str) -> dict[str, Any]:
@@ -271,22 +304,24 @@ def report(title: str, times: dict[str, list[dict[str, float]]], baseline: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=list(WORKLOADS), action="append", help="by default all of them")
+    parser.add_argument("--table", choices=list(TABLES), action="append", help="by default both")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--block", type=int, default=4, help="steps that are counted of each turn")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled students")
     add_output(parser)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     figures: dict[str, Any] = {}
     turns = Turns(args.rounds, args.block)
     for name in args.workload or WORKLOADS:
-        work = Workload(name)
         teacher, student, _ = WORKLOADS[name]
-        for kind, loops, baseline in (("live", live_loops, BARE), ("stored", stored_loops, STUDENT)):
-            with contextlib.redirect_stdout(None):  # the Trainer prints its logs
-                times = turns.run(loops(work, turns.steps))
-            title = f"{teacher} → {student}, batch {BATCH}, 32 x 32: " + {
-                "live": "with a live teacher", "stored": "with the teacher's logits stored"}[kind]  # fmt: skip
-            figures[f"{name} {kind}"] = report(title, times, baseline)
+        for key in args.table or TABLES:
+            title, loops, baseline = TABLES[key]
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):  # Trainer prints its logs
+                work = Workload(name, folder)
+                times = turns.run(loops(work, turns.steps, not args.no_compile))
+            title = f"{teacher} → {student}, batch {BATCH}, 32 x 32: {title}"
+            figures[f"{name} {key}"] = report(title, times, baseline)
     write(args.output, figures)
 
 
