@@ -40,6 +40,12 @@ class CacheArguments:
     auto_augment: str | None = field(default=None, metadata={"help": "timm's policy, such as rand-m9-mstd0.5-inc1."})
     color_jitter: float = field(default=0.0, metadata={"help": "Strength of the colour jitter."})
     random_erasing: float = field(default=0.0, metadata={"help": "Probability that a rectangle is erased."})
+    normalize: bool = field(
+        default=True, metadata={"help": "False where the script has bytes normalised on the device."}
+    )
+    decoder: str = field(
+        default="pil", metadata={"help": "What the script decodes pictures by: pil, torchvision, auto."}
+    )
     student: str | None = field(default=None, metadata={"help": "Of the runs to come; the cache serves any."})
 
 
@@ -87,6 +93,7 @@ def caching_trainer(config: str | Path, overrides: Sequence[str] = ()) -> Distil
         arguments.dataset_name,
         transform=_transform(arguments),
         seed=args.seed,
+        decoder=arguments.decoder,
         **({} if arguments.dataset_name is None else _table_options(arguments)),
     )
     classes = train.num_classes if train.num_classes is not None else arguments.num_classes
@@ -107,13 +114,14 @@ def _table_options(arguments: CacheArguments) -> dict[str, Any]:
 
 def _transform(arguments: CacheArguments) -> Any:
     if not arguments.augment:
-        return eval_transform(arguments.img_size, interpolation=arguments.interpolation)
+        return eval_transform(arguments.img_size, interpolation=arguments.interpolation, normalize=arguments.normalize)
     return train_transform(
         arguments.img_size,
         interpolation=arguments.interpolation,
         auto_augment=arguments.auto_augment,
         color_jitter=arguments.color_jitter,
         random_erasing=arguments.random_erasing,
+        normalize=arguments.normalize,
     )
 
 

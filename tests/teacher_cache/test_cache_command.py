@@ -46,11 +46,11 @@ def place(tmp_path_factory):
     return place
 
 
-def train_from(place, cache):
+def train_from(place, cache, **of_transform):
     """A training run as a script of one's own sets it up."""
     images = {"img_size": SIZE, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     student = create_student("test_resnet", num_classes=2, **images)
-    data = load_image_dataset(place / "train", transform=train_transform(SIZE), seed=42)
+    data = load_image_dataset(place / "train", transform=train_transform(SIZE, **of_transform), seed=42)
     args = config(cache.parent / "out", teacher_cache_dir=str(cache), teacher_cache_views=2, num_train_epochs=3)
     trainer = DistillationTrainer(student, str(place / "teacher"), args, train_dataset=data)
     trainer.train()
@@ -73,6 +73,20 @@ def test_a_run_reads_what_the_command_computed(place, tmp_path, capsys):
         "rows-00000.bin",
         "rows-00001.bin",
     ]
+
+
+def test_images_may_come_as_bytes(place, tmp_path):
+    arguments = ["cache-teacher", str(place / "cache.yaml"), "--teacher_cache_dir", str(tmp_path / "cache")]
+    assert main([*arguments, "--normalize", "False"]) == 0
+    with pytest.raises(ValueError, match="was made for another transform"):
+        train_from(place, tmp_path / "cache")
+    trainer = train_from(place, tmp_path / "cache", normalize=False)
+    assert not trainer.teacher.is_built
+    # The teacher saw normalised floats.
+    cache, data = trainer.replay.cache, trainer.train_dataset
+    data.set_epoch(1)
+    images = trainer._prepare_inputs({"pixel_values": data[4]["pixel_values"][None]})
+    torch.testing.assert_close(trainer.teacher(**images), cache.read(1, torch.tensor([4]))[0], rtol=1e-3, atol=1e-3)
 
 
 def call(rank, arguments):
