@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from .kernels import KERNELS
 from .launch import runs_on_cpus
 from .losses import functional
 from .losses.feature import FEATURE_LOSSES, build_feature_loss
@@ -23,9 +24,10 @@ from .teacher_cache.codec import DTYPES as CACHE_DTYPES
 
 if TYPE_CHECKING:
     NumberOrAuto = float | str
+    BoolOrAuto = bool | str
 else:
     # HfArgumentParser reads `float | str` as float alone and would refuse `--beta auto`; __post_init__ converts.
-    NumberOrAuto = str
+    NumberOrAuto = BoolOrAuto = str
 
 
 _NUMBERS = (
@@ -67,6 +69,12 @@ class DistillationConfig(TrainingArguments):
             Further arguments of the loss. DKD: `alpha`, `beta`, `warmup_epochs`. DIST: `beta`, `gamma`, `eps`. NKD:
             `gamma`. What these losses call `beta` and `gamma` are weights inside the loss: neither the `beta` nor the
             `gamma` above, which are the weight of the whole and 1/temperature. Their `temperature` may stand here too.
+        fused_loss (`str`, *optional*, defaults to `"auto"`):
+            What computes WTTM or TTM and the cross-entropy with it, at once and with their gradient: `"eager"`
+            (torch's own operations), `"compiled"` (torch.compile, on a CPU; some seconds at the first step),
+            `"triton"` (on a GPU), or `"off"` for the formulas composed. `"auto"` is eager, but compiled on a CPU for
+            batches of 4,000,000 logits or more. Other losses, soft labels and label smoothing are always composed.
+            Results agree to rounding, not to the last bit.
 
         > Parameters that control the teacher
 
@@ -87,6 +95,17 @@ class DistillationConfig(TrainingArguments):
             `mixed_precision` is. By default its weights are left as they are and it runs under the student's autocast.
         teacher_compile (`bool`, *optional*, defaults to `False`):
             Whether to run the teacher through torch.compile.
+        teacher_fold_batchnorm (`bool`, *optional*, defaults to `False`):
+            Whether to run the teacher with its BatchNorm folded into the layers before, in a copy (see
+            :mod:`hf_kd.folding`). Its logits move by about 1e-6 of the largest.
+        teacher_speed (`str`, *optional*, defaults to `"off"`):
+            `"auto"` measures before training, on a batch of the training data, what runs the teacher fastest on this
+            device, and takes it: folding and channels last, `teacher_dtype` and `teacher_compile` where they are given
+            (on an accelerator torch.compile in any case). What was taken is logged and kept in checkpoints, so that a
+            resumed run takes it too; two runs may differ. Never taken is a type that `teacher_dtype` does not name,
+            nor anything that moves a logit by more than 5 % of the largest.
+        teacher_stream (`bool`, *optional*, defaults to `False`):
+            Whether the teacher runs on a CUDA stream of its own, beside the student's forward pass.
         teacher_fsdp (`bool`, *optional*, defaults to `False`):
             Whether to spread the teacher's weights over the processes (torch's fully_shard), for a teacher that does
             not fit on one device. By default every process has the whole teacher.
@@ -109,6 +128,13 @@ class DistillationConfig(TrainingArguments):
             every epoch has its own. Data without augmentation have one view.
         teacher_cache_dtype (`str`, *optional*):
             `"fp16"` (what a new cache has by default), `"int8"` or `"fp32"`: how its logits are stored.
+
+        > Parameters that control the layout of images
+
+        channels_last (`bool` or `"auto"`, *optional*, defaults to `False`):
+            Whether images, and the weights of convolutions, of both networks are laid out in memory as channels last,
+            which is often faster. What is saved is as without it. `"auto"` measures it before training, for each
+            network, and keeps the answer in checkpoints.
 
         > Parameters that control the optimisation
 
@@ -220,6 +246,10 @@ class DistillationConfig(TrainingArguments):
     )
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of cross-entropy; 0 trains without labels."})
     loss_kwargs: dict | str | None = field(default=None, metadata={"help": "Further arguments of the loss, as JSON."})
+    fused_loss: str = field(
+        default="auto",
+        metadata={"help": "What computes WTTM or TTM with the cross-entropy: auto, eager, compiled, triton, or off."},
+    )
 
     # --- The teacher ---
     teacher_checkpoint: str | None = field(
@@ -243,6 +273,16 @@ class DistillationConfig(TrainingArguments):
         default=None, metadata={"help": "Run the teacher in bf16, fp16 or fp32, whatever the student's precision is."}
     )
     teacher_compile: bool = field(default=False, metadata={"help": "Run the teacher through torch.compile."})
+    teacher_fold_batchnorm: bool = field(
+        default=False, metadata={"help": "Run the teacher with BatchNorm folded into the layers before it."}
+    )
+    teacher_speed: str = field(
+        default="off",
+        metadata={"help": "auto: measure before training what runs the teacher fastest, and take it; or off."},
+    )
+    teacher_stream: bool = field(
+        default=False, metadata={"help": "Run the teacher on a CUDA stream of its own, beside the student's forward."}
+    )
     teacher_fsdp: bool = field(
         default=False, metadata={"help": "Spread the teacher's weights over the processes, if it does not fit on one."}
     )
@@ -276,6 +316,14 @@ class DistillationConfig(TrainingArguments):
     on_bad_sample: str = field(
         default="raise",
         metadata={"help": "On a sample that cannot be read: raise, or skip it (another one takes its place)."},
+    )
+
+    # --- The layout of images ---
+    channels_last: BoolOrAuto = field(
+        default="false",
+        metadata={
+            "help": "Images and convolutions of both networks as channels last: true, false, or auto (measured)."
+        },
     )
 
     # --- The optimisation ---
@@ -360,7 +408,9 @@ class DistillationConfig(TrainingArguments):
         check_loss_name(self.loss)
         self.loss_kwargs = self._from_json("loss_kwargs", "an object", (dict,))
         self._resolve_gamma()
+        self._resolve_channels_last()
         self._check_ranges()
+        self._check_speed()
         self.teacher_class_map = self._from_json("teacher_class_map", "a list or an object", (list, tuple, dict))
         self.feature_loss_kwargs = self._from_json("feature_loss_kwargs", "an object", (dict,))
         self._check_cache()
@@ -453,6 +503,32 @@ class DistillationConfig(TrainingArguments):
             functional.check_gamma(self.gamma)
             self.temperature = 1.0 / self.gamma
 
+    def _resolve_channels_last(self) -> None:
+        given = str(self.channels_last).lower()
+        self._check("channels_last", 'true, false or "auto"', given in ("true", "false", "auto"))
+        self.channels_last = given if given == "auto" else given == "true"
+
+    def _check_speed(self) -> None:
+        measured = [name for name in ("teacher_speed", "channels_last") if getattr(self, name) == "auto"]
+        if measured and self.full_determinism:
+            raise ValueError(
+                f'`{measured[0]}`="auto" takes what measures faster, and `full_determinism` asks for a run that '
+                "repeats exactly: leave out one of them."
+            )
+        changes = ("teacher_fold_batchnorm", "teacher_speed", "channels_last")
+        given = [name for name in changes if getattr(self, name) not in (False, "off")]
+        if given and self.teacher_fsdp:
+            raise ValueError(
+                f"`{given[0]}` needs the whole of the teacher, and `teacher_fsdp` spreads its weights over the "
+                "processes: leave out one of them."
+            )
+        folds = [name for name in given if name != "channels_last"]
+        if folds and self.feature_loss is not None:
+            raise ValueError(
+                f"`{folds[0]}` changes the teacher's modules, and `feature_loss` looks at what they give: leave out "
+                "one of them."
+            )
+
     def _check_ranges(self) -> None:
         if self.beta != "auto":
             try:
@@ -481,10 +557,12 @@ class DistillationConfig(TrainingArguments):
         elif self.ema_warmup:
             raise ValueError("`ema_warmup` is for the decay of an average, and there is none: give `ema_decay`.")
         for name, allowed in (
+            ("fused_loss", ("auto", "off", *KERNELS)),
             ("on_nonfinite", ("raise", "skip")),
             ("on_bad_sample", ("raise", "skip")),
             ("teacher_dtype", (None, *_DTYPES)),
             ("teacher_cache_dtype", (None, *CACHE_DTYPES)),
+            ("teacher_speed", ("off", "auto")),
         ):
             listed = ", ".join(repr(value) for value in allowed)
             self._check(name, f"one of {listed}", getattr(self, name) in allowed)
@@ -534,6 +612,11 @@ class DistillationConfig(TrainingArguments):
                 "teacher_fsdp",
                 self.teacher_fsdp,
                 "such a teacher runs on all processes at once, which lack different rows",
+            ),
+            (
+                'teacher_speed="auto"',
+                self.teacher_speed == "auto",
+                "it measures a live teacher, and later runs have none (teacher_fold_batchnorm and channels_last do)",
             ),
         ):
             if given:

@@ -29,13 +29,6 @@ class Meters:
             total, count = self._sums[name][0] + total, self._sums[name][1] + count
         self._sums[name] = total, count
 
-    def add_values(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add one value per sample; where ``mask`` is False there is none."""
-        if mask is None:
-            self.add(name, values.sum(), values.numel())
-        else:
-            self.add(name, torch.where(mask, values, 0.0).sum(), mask.sum())
-
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Mean of everything added since the last call, over all processes; every process must call it."""
         if not self._sums:

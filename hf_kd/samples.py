@@ -43,6 +43,13 @@ def count_labels(inputs: Mapping[str, Any], label_name: str, classes: int | None
     return without_repeats(labels, inputs.get(SAMPLE_MASK)).ne(IGNORE_INDEX).sum()
 
 
+def sum_and_count(values: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
+    """The sum of one value per sample, and of how many; where ``mask`` is False there is none."""
+    if mask is None:
+        return values.sum(), values.numel()
+    return torch.where(mask, values, 0.0).sum(), mask.sum()
+
+
 def without_repeats(labels: Tensor, real: Tensor | None) -> Tensor:
     """Class indices (B, ...) with "no label" for the samples that only fill the batch up."""
     if real is None:

@@ -32,6 +32,7 @@ from .networks import (
     unwrap,
 )
 from .sharding import shard_teacher
+from .teacher_speed import Batch, Speed, SpeedOptions, fastest, speed_up
 from .text import first_line
 
 
@@ -43,7 +44,8 @@ ClassMap = Sequence["int | Sequence[int]"] | Mapping[int, "int | Sequence[int]"]
 class Teacher(nn.Module):
     """A frozen teacher: always in eval mode, without gradients, its logits in fp32 (fp64 stays fp64).
 
-    ``teacher(pixel_values)`` or ``teacher(**inputs)`` returns logits (B, K). ``teacher.model`` is the network itself.
+    ``teacher(pixel_values)`` or ``teacher(**inputs)`` returns logits (B, K). ``teacher.model`` is the network itself;
+    with BatchNorm folded (:meth:`place`) a copy of it runs.
 
     Args:
         model: a module (timm, transformers or any other whose output holds logits), or a callable
@@ -101,6 +103,11 @@ class Teacher(nn.Module):
                 )
         self.converter: InputConverter | None = None
         self._signature = Signature.of(model)
+        self.speed = Speed()
+        """How its network runs."""
+        self._options = SpeedOptions()
+        # What runs: the network, or its folded copy once that is made, which a tuple keeps from being part of this.
+        self._runs: tuple[Callable[..., Any], ...] = (model,)
         if isinstance(model, nn.Module):
             model.requires_grad_(False)
         self.train(False)
@@ -296,8 +303,11 @@ class Teacher(nn.Module):
         dtype: torch.dtype | None = None,
         compile: bool = False,
         sharded: bool = False,
+        fold_batchnorm: bool = False,
+        channels_last: bool | None = False,
+        auto: bool = False,
     ) -> None:
-        """Bring the network to where it will run.
+        """Bring the network to where it will run, and say how.
 
         Args:
             device: of this process.
@@ -305,27 +315,85 @@ class Teacher(nn.Module):
             compile: run it through torch.compile, with the default backend.
             sharded: spread its weights over all processes (:func:`hf_kd.sharding.shard_teacher`) instead of having
                 them whole on each.
+            fold_batchnorm: run a copy with BatchNorm folded into the layers before (:mod:`hf_kd.folding`), made when
+                the first batch comes. ``model`` keeps its own, and later changes to it are not seen.
+            channels_last: give it images, and lay out its convolutions, as channels last; None leaves that to
+                :meth:`choose_speed`.
+            auto: leave it to :meth:`choose_speed` whether to fold and to take channels last, and whether to take
+                ``dtype`` and ``compile``, the latter on an accelerator even if it is not given. Until then it runs
+                with none of them.
 
         Raises:
-            ValueError: if the teacher is a callable and anything but a device is asked for.
+            ValueError: if the teacher is a callable and anything but a device is asked for (or channels last, which
+                are the same values), or if its weights are spread and are to be changed as well.
             RuntimeError: for ``sharded`` where torch.distributed is not running.
         """
         if not isinstance(self.model, nn.Module):
-            if dtype is not None or compile or sharded:
+            if dtype is not None or compile or sharded or fold_batchnorm or auto:
                 raise ValueError(
                     f"The teacher {self.name} is a function, of which neither type nor place can be changed "
-                    "(teacher_dtype, teacher_compile, teacher_fsdp): do it inside the function."
+                    "(teacher_dtype, teacher_compile, teacher_fsdp, teacher_fold_batchnorm, teacher_speed): do it "
+                    "inside the function."
                 )
             return
-        if dtype is not None:
-            self.model.to(dtype)
         if sharded:
+            if fold_batchnorm or auto or channels_last is not False:
+                raise ValueError(
+                    f"The weights of the teacher {self.name} are spread over the processes (teacher_fsdp), which "
+                    "takes them apart: leave out teacher_fold_batchnorm, teacher_speed and channels_last."
+                )
+            if dtype is not None:
+                self.model.to(dtype)
             # Puts each process's share there; the whole would not fit.
             shard_teacher(self.model, device)
         else:
             self.to(device)
-        if compile:
-            self.model.compile()
+        layouts = (False, True) if channels_last is None or (auto and not channels_last) else (channels_last,)
+        if auto:
+            options = SpeedOptions(
+                (True,) if fold_batchnorm else (False, True),
+                layouts,
+                (None,) if dtype is None else (None, dtype),
+                (False, True) if compile or device.type != "cpu" else (False,),
+            )
+        else:
+            options = SpeedOptions((fold_batchnorm,), layouts, (dtype,), (compile,))
+        self.run_as(options.first)
+        self._options = options
+
+    def run_as(self, speed: Speed) -> None:
+        """Run the network so from now on, whatever was left open; with BatchNorm folded from the next batch on."""
+        assert isinstance(self.model, nn.Module)
+        self.speed, self._options = speed, SpeedOptions()
+        self._runs = () if speed.fold_batchnorm else (speed_up(self.model, speed),)
+
+    @property
+    def parts(self) -> list[Teacher]:
+        """The single teachers that it consists of: itself, or an ensemble's members."""
+        return [self]
+
+    @property
+    def speed_is_open(self) -> bool:
+        """Whether :meth:`place` left open how the network runs, and nothing has been chosen yet."""
+        return self._options.are_open
+
+    def choose_speed(self, inputs: Mapping[str, Any]) -> Speed:
+        """What runs the network fastest on a batch, of what :meth:`place` leaves open: measured, and not yet applied.
+
+        Args:
+            inputs: a batch as it will come, on the device. Run this under the autocast that will be used.
+        """
+        assert isinstance(self.model, nn.Module)
+        with torch.no_grad():
+            batch = self._batch((), dict(inputs))
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        return fastest(self.model, self._options, batch, device, self.name)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Teacher:
+        # Moved or turned into another type: so must be the folded copy, which is made anew.
+        if self.speed.fold_batchnorm:
+            self._runs = ()
+        return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode, whatever is asked: a teacher's batch statistics and dropout are fixed."""
@@ -333,15 +401,12 @@ class Teacher(nn.Module):
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
         """Logits (B, K) in at least fp32, with no graph behind them."""
+        network = self._network(args, inputs)
         with torch.inference_mode():
-            if not self.is_module:
-                logits = logits_of(self.model(*args, **inputs))
+            if not isinstance(network, nn.Module):
+                logits = logits_of(network(*args, **inputs))
             else:
-                if not args:
-                    args, inputs = self._signature.select(inputs)
-                args = tuple(self._prepare(value) for value in args)
-                inputs = {key: self._prepare(value) for key, value in inputs.items()}
-                logits = logits_of(self.model(*args, **inputs))
+                logits = self._batch(args, inputs).logits(network, channels_last=self.speed.channels_last)
             if logits.dtype in (torch.float16, torch.bfloat16):
                 logits = logits.float()
             if self.class_groups:
@@ -349,14 +414,28 @@ class Teacher(nn.Module):
         # A tensor born in inference mode cannot be saved for a backward pass; its copy can.
         return logits.clone()
 
-    def _prepare(self, value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
+    def _network(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Callable[..., Any]:
+        """What runs, made ready with the first batch where that needs one."""
+        if not self._runs:
+            assert isinstance(self.model, nn.Module)
+            with torch.no_grad():
+                batch = self._batch(args, inputs)
+            self._runs = (speed_up(self.model, self.speed, batch),)
+        return self._runs[0]
+
+    def _batch(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Batch:
+        """What the network takes of a batch, its images turned into what it wants."""
+        if not args:
+            args, inputs = self._signature.select(inputs)
+        return Batch(args, inputs).map(self._converted)
+
+    def _converted(self, value: Any) -> Any:
+        if self.converter is None or not (
+            isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4
+        ):
             return value
-        if self.converter is not None and value.dim() == 4:
-            # In fp32 or better: half precision would round the images before they are renormalised and resized.
-            value = self.converter(value.to(torch.promote_types(value.dtype, torch.float32)))
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), value.dtype)
-        return value.to(dtype)
+        # In fp32 or better: half precision would round the images before they are renormalised and resized.
+        return self.converter(value.to(torch.promote_types(value.dtype, torch.float32)))
 
     def _merge_classes(self, logits: Tensor) -> Tensor:
         assert self.class_groups is not None
@@ -409,6 +488,10 @@ class Ensemble(Teacher):
     def place(self, device: torch.device, **options: Any) -> None:
         for member in self.members:
             member.place(device, **options)
+
+    @property
+    def parts(self) -> list[Teacher]:
+        return [part for member in self.members for part in member.parts]
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
         log_probs = torch.stack([F.log_softmax(member(*args, **inputs), dim=-1) for member in self.members])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import accelerate
 import numpy as np
@@ -43,11 +43,13 @@ from .data_wait import DATA_WAIT
 from .ema import RAW_WEIGHTS, WeightAverage, load_raw_weights
 from .feature_term import FeatureTerm
 from .files import atomic_write, write_text
+from .fused_term import FusedTerms
 from .labels import is_soft, normalise_labels
 from .lean_steps import step_directly
 from .losses import Outputs, functional
 from .losses.feature import build_feature_loss
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
+from .memory_format import channels_last_is_faster, in_channels_last, weights_in_channels_last
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, timm_network, unwrap
@@ -55,15 +57,35 @@ from .preflight import mean_power_sum, report_top1, teacher_top1
 from .publishing_trainer import PublishingTrainer
 from .reliable_trainer import changed
 from .repository import TRAINING_ARGS, public_arguments
-from .samples import count_samples, sample_mask, without_repeats
+from .samples import count_samples, sample_mask, sum_and_count, without_repeats
+from .side_stream import SideStream
 from .student import WEIGHTS, adopt_label_names, load_student_weights, save_student
 from .teacher import Teacher
 from .teacher_cache.deferred import recognised_teacher
 from .teacher_cache.replay import KeepingIndex, Replay
+from .teacher_speed import Speed
 from .version import __version__
 
 
 logger = get_logger(__name__)
+
+Sums = dict[str, tuple[Tensor, "int | Tensor"]]
+"""What is to be logged: sums over samples, and how many those are."""
+
+
+class _Counts(NamedTuple):
+    """How many samples and labels there are: numbers, or scalars where they are known on the device alone."""
+
+    samples: int | Tensor
+    """Of the batch."""
+    step_samples: int | Tensor
+    """Of the optimiser step, over all its batches and processes."""
+    step_labels: int | Tensor | None
+    """Likewise; None if the batch is the whole step."""
+    processes: int
+    """What each process multiplies its share of the step by."""
+    of_step: Tensor | None
+    """The step's two counts, (2,)."""
 
 
 class DistillationTrainer(PublishingTrainer):
@@ -150,10 +172,19 @@ class DistillationTrainer(PublishingTrainer):
         student = unwrap(self.model)
         adopt_label_names(student, _class_names(self.train_dataset, self._label_name))
         self._student_signature = Signature.of(student)
+        self._fused = FusedTerms.of(self.args, self.distillation_loss)
         self._meters = Meters(drop_nonfinite=self.args.on_nonfinite == "skip")
         self._logged_components: dict[str, float] = {}
         self._steps_per_epoch: int | None = None
         self._mixer: BatchMixer | None = None
+        if self.args.channels_last and self._engine:
+            raise ValueError(
+                f"`channels_last` does not go with {self._engine}, which lays the student's weights out itself: leave "
+                "it out, or use a launch configuration without it (DDP)."
+            )
+        # None until it is measured.
+        self._channels_last = None if self.args.channels_last == "auto" else bool(self.args.channels_last)
+        self._teacher_stream = self._build_teacher_stream()
         self._normaliser: PixelNormaliser | None = None
         if self.teacher is not None:
             preprocessing = Preprocessing.of(student)
@@ -166,6 +197,9 @@ class DistillationTrainer(PublishingTrainer):
                 dtype=self.args.teacher_torch_dtype,
                 compile=self.args.teacher_compile,
                 sharded=self.args.teacher_fsdp,
+                fold_batchnorm=self.args.teacher_fold_batchnorm,
+                channels_last=self._channels_last,
+                auto=self.args.teacher_speed == "auto",
             )
             self._student_preprocessing = preprocessing
             if self.train_dataset is not None:
@@ -257,6 +291,13 @@ class DistillationTrainer(PublishingTrainer):
             return None
         return WeightAverage(args.ema_decay, warmup=args.ema_warmup, step_was_taken=self._step_was_taken)
 
+    def _build_teacher_stream(self) -> SideStream:
+        # The default stream of the CPU is all there is.
+        wanted = self.args.teacher_stream
+        if wanted and self.args.device.type != "cuda":
+            logger.warning("`teacher_stream` needs CUDA: on this %s the teacher runs in turn.", self.args.device.type)
+        return SideStream(self.args.device if wanted else torch.device("cpu"))
+
     # ---- What subclasses override ----------------------------------------------------------------------------------
 
     def compute_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -266,11 +307,14 @@ class DistillationTrainer(PublishingTrainer):
             inputs: the batch as the student sees it (mixed if mixing is on), labels included.
         """
         assert self.teacher is not None
+        # The whole batch: a network takes its own of it, and a callable may know its samples by their index.
+        with self._teacher_autocast():
+            return self.teacher(**self._with_usual_label_name(inputs))
+
+    def _teacher_autocast(self) -> contextlib.AbstractContextManager[Any]:
         # In a dtype of its own, the teacher runs in that alone.
         own_dtype = self.args.teacher_torch_dtype is not None
-        # The whole batch: a network takes its own of it, and a callable may know its samples by their index.
-        with contextlib.nullcontext() if own_dtype else self.accelerator.autocast():
-            return self.teacher(**self._with_usual_label_name(inputs))
+        return contextlib.nullcontext() if own_dtype else self.accelerator.autocast()
 
     def _training_teacher_logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """:meth:`compute_teacher_logits` of a training batch, or what is stored of it."""
@@ -318,12 +362,13 @@ class DistillationTrainer(PublishingTrainer):
                 self.distillation_loss.set_epoch(self.state.epoch or 0.0)
         labels = inputs.get(self._label_name)
         # Teacher first: its activations are gone before the student's, which wait for the backward pass, are made.
-        with self.features.of_teacher if self.features else contextlib.nullcontext():
+        with self._teacher_stream.beside(), self.features.of_teacher if self.features else contextlib.nullcontext():
             # The cache has rows for training data alone.
             teacher_logits = self._training_teacher_logits if model.training else self.compute_teacher_logits
             teacher = Outputs(teacher_logits(inputs)) if self.args.uses_teacher else None
         with self.features.of_student if self.features else contextlib.nullcontext():
             student = self._student_outputs(model, inputs)
+        self._teacher_stream.join()
         if self.args.log_analysis:
             student.logits = term_gradients.watched(student.logits)
         if teacher is not None and teacher.logits.shape != student.logits.shape:
@@ -332,14 +377,42 @@ class DistillationTrainer(PublishingTrainer):
                 f"{tuple(student.logits.shape)} for the same batch: give `class_map` (config: teacher_class_map) if "
                 "they have different classes."
             )
-        own_samples = count_samples(inputs, self._label_name, self._student_classes)
-        step_samples, step_labels = (own_samples, None) if num_items_in_batch is None else _numbers(num_items_in_batch)
-        # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
-        processes = 1 if num_items_in_batch is None else self._loss_scale
-        mask = student.mask = sample_mask(inputs, student.logits.shape[:-1])
+        student.mask = sample_mask(inputs, student.logits.shape[:-1])
+        counts = self._counts(inputs, num_items_in_batch)
+        if self.beta is None and self.args.uses_logits:
+            self.beta = self._measure_beta()
+        fuses = teacher is not None and self._fuses(student, inputs)
+        terms, logged = (self._fused_terms if fuses else self._composed_terms)(student, teacher, inputs, counts)
+        if self.features is not None:
+            totals = self._totals(self.features(labels, inputs.get("index")), student.mask, counts.samples)
+            terms["feature"] = self.args.feature_weight * counts.processes * totals["feature"] / counts.step_samples
+            logged.update({name: (total, counts.samples) for name, total in totals.items()})
+        if self.args.log_analysis:
+            # What the loss logs already stays as it is.
+            logged = {**self._analysis(student, teacher, inputs, counts, None if fuses else terms), **logged}
+        for name, (total, count) in logged.items():
+            self._meters.add(name, total, count)
+        loss = functools.reduce(operator.add, terms.values())
+        components: dict[str, Tensor] = {key: logged[key][0] for key in ("ce", "distill", "feature") if key in logged}
+        self._guard.watch_loss(loss, components, student, teacher, inputs, self.state.global_step + 1)
+        return (loss, student.raw) if return_outputs else loss
 
+    def _counts(self, inputs: Mapping[str, Any], of_step: Tensor | None) -> _Counts:
+        samples = count_samples(inputs, self._label_name, self._student_classes)
+        if of_step is None:
+            return _Counts(samples, samples, None, 1, None)
+        # As numbers where reading them costs nothing.
+        step_samples, step_labels = of_step.tolist() if of_step.device.type == "cpu" else of_step.unbind()
+        # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
+        return _Counts(samples, step_samples, step_labels, self._loss_scale, of_step)
+
+    def _composed_terms(
+        self, student: Outputs, teacher: Outputs | None, inputs: Mapping[str, Any], counts: _Counts
+    ) -> tuple[dict[str, Tensor], Sums]:
+        """The terms on logits, each as its share of the step, and what is logged of them."""
+        labels = inputs.get(self._label_name)
         terms: dict[str, Tensor] = {}
-        parts: Any = {}
+        logged: Sums = {}
         if self.args.ce_weight:
             if labels is None:
                 raise ValueError(
@@ -350,49 +423,81 @@ class DistillationTrainer(PublishingTrainer):
                 student,
                 labels,
                 label_smoothing=self.args.label_smoothing_factor,
-                mask=mask if SAMPLE_MASK in inputs else None,
+                mask=student.mask if SAMPLE_MASK in inputs else None,
             )
-            step_labels = labelled if step_labels is None else step_labels
-            terms["ce"] = self.args.ce_weight * processes * ce / _at_least_one(step_labels)
-            self._meters.add("ce", ce, labelled)
+            step_labels = labelled if counts.step_labels is None else counts.step_labels
+            terms["ce"] = self.args.ce_weight * counts.processes * ce / _at_least_one(step_labels)
+            logged["ce"] = ce, labelled
         if teacher is not None and self.args.uses_logits:
-            if self.beta is None:
-                self.beta = self._measure_beta()
             parts = self.compute_distillation_loss(student, teacher, inputs)
             parts = parts if isinstance(parts, dict) else {"distill": parts}
-            total = self._totals(parts, own_samples, mask)["distill"]
-            terms["distill"] = self.beta * processes * total / step_samples
-        if self.features is not None:
-            total = self._totals(self.features(labels, inputs.get("index")), own_samples, mask)["feature"]
-            terms["feature"] = self.args.feature_weight * processes * total / step_samples
+            totals = self._totals(parts, student.mask, counts.samples)
+            assert self.beta is not None
+            terms["distill"] = self.beta * counts.processes * totals["distill"] / counts.step_samples
+            logged.update({name: (total, counts.samples) for name, total in totals.items()})
         with torch.no_grad():
-            self._meters.add_values("student_entropy", functional.entropy(student.log_probs), mask)
-            if self.args.log_analysis:
-                if teacher is not None:
-                    found = functional.matching_statistics(student.log_probs, teacher.logits, self.args.gamma or 1.0)
-                    # What the loss logs already stays as it is.
-                    self._totals({key: found[key] for key in found.keys() - parts.keys()}, own_samples, mask)
-                gradients = term_gradients.products(terms, student.logits, step_samples / processes)
-                for name, total in gradients.items():
-                    self._meters.add(name, total, own_samples)
-        loss = functools.reduce(operator.add, terms.values())
-        self._guard.watch_loss(loss, terms, student, teacher, inputs, self.state.global_step + 1)
-        return (loss, student.raw) if return_outputs else loss
+            entropy = functional.entropy(student.log_probs)
+            logged["student_entropy"] = sum_and_count(entropy, student.mask)
+        return terms, logged
 
-    def _totals(
-        self, parts: Mapping[str, Tensor], own_samples: int | Tensor, mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """What a loss gives as sums over the samples: its means times their number. They are logged too."""
+    def _fuses(self, student: Outputs, inputs: Mapping[str, Any]) -> bool:
+        """Whether one kernel may compute the batch's terms on logits."""
+        computes = getattr(self.compute_distillation_loss, "__func__", None)
+        if self._fused is None or computes is not DistillationTrainer.compute_distillation_loss:
+            return False
+        return self._fused.fit(student, inputs.get(self._label_name), SAMPLE_MASK in inputs)
+
+    def _fused_terms(
+        self, student: Outputs, teacher: Outputs | None, inputs: Mapping[str, Any], counts: _Counts
+    ) -> tuple[dict[str, Tensor], Sums]:
+        """The same by one kernel, in one term."""
+        assert self._fused is not None and teacher is not None and self.beta is not None
+        labels = inputs.get(self._label_name)
+        objective, totals = self._fused(student, teacher, labels, counts.of_step, self.beta, counts.processes)
+        logged: Sums = {
+            "distill": (totals.distill, counts.samples),
+            "power_sum": (totals.power_sum, counts.samples),
+            "student_entropy": (totals.entropy, counts.samples),
+        }
+        if self.args.ce_weight:
+            logged["ce"] = totals.ce, totals.labelled
+        return {"fused": objective}, logged
+
+    @torch.no_grad()
+    def _analysis(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        inputs: Mapping[str, Any],
+        counts: _Counts,
+        terms: dict[str, Tensor] | None,
+    ) -> Sums:
+        """What ``log_analysis`` adds to the log. ``terms`` are the composed ones; None if they were fused."""
+        found: Sums = {}
+        if teacher is not None:
+            statistics = functional.matching_statistics(student.log_probs, teacher.logits, self.args.gamma or 1.0)
+            totals = self._totals(statistics, student.mask, counts.samples)
+            found.update({name: (total, counts.samples) for name, total in totals.items()})
+        if terms is None:
+            # One gradient for both is no help here; and a softmax from before may have no graph.
+            with torch.enable_grad():
+                terms, _ = self._composed_terms(Outputs(student.logits, mask=student.mask), teacher, inputs, counts)
+        products = term_gradients.products(terms, student.logits, counts.step_samples / counts.processes)
+        found.update({name: (total, counts.samples) for name, total in products.items()})
+        return found
+
+    @staticmethod
+    def _totals(parts: Mapping[str, Tensor], mask: Tensor | None, samples: int | Tensor) -> dict[str, Tensor]:
+        """What a loss gives as sums over the samples: its means times their number."""
         totals = {}
         for name, value in parts.items():
             if mask is not None and value.shape == mask.shape:
                 mean = torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
-                totals[name] = mean * own_samples
-            elif isinstance(own_samples, int) and value.numel() == own_samples:
+                totals[name] = mean * samples
+            elif isinstance(samples, int) and value.numel() == samples:
                 totals[name] = value.sum()
             else:
-                totals[name] = value.mean() * own_samples
-            self._meters.add(name, totals[name], own_samples)
+                totals[name] = value.mean() * samples
         return totals
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
@@ -404,6 +509,9 @@ class DistillationTrainer(PublishingTrainer):
         with self.accelerator.autocast():
             raw = model(*args, **kwargs)
         return Outputs(logits_of(raw), raw)
+
+    def _student_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        return self._student_outputs(model, inputs).logits
 
     def _with_usual_label_name(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its labels under "labels", by which networks are known not to want them."""
@@ -456,6 +564,7 @@ class DistillationTrainer(PublishingTrainer):
             self._open_cache()
         if checkpoint is not None:
             self._restore_provenance(checkpoint)
+        self._choose_speed()
         if self.args.uses_teacher:
             if self.args.teacher_preflight and self.teacher_top1 is None:
                 self._preflight()
@@ -521,6 +630,41 @@ class DistillationTrainer(PublishingTrainer):
         )
         return sum(gather_object([done]))
 
+    def _choose_speed(self) -> None:
+        """Measure, in the first process, what the configuration leaves open; a checkpoint has had it restored."""
+        parts = [part for part in self._teacher_parts if part.speed_is_open]
+        if self._channels_last is not None and not parts:
+            return
+        with _keeping_random_state():
+            batch = self._with_usual_label_name(next(self._batches(self.get_train_dataloader())))
+            chosen: list[Any] = [self._channels_last, None]
+            if self.is_world_process_zero():
+                with self._teacher_autocast():
+                    chosen[1] = [part.choose_speed(batch) for part in parts]
+                if self._channels_last is None:
+                    student = unwrap(self.model)
+                    chosen[0] = channels_last_is_faster(student, batch, self._student_logits, self.args.device)
+        broadcast_object_list(chosen)
+        self._channels_last, speeds = chosen
+        for part, speed in zip(parts, speeds, strict=True):
+            part.run_as(speed)
+
+    @property
+    def _teacher_parts(self) -> list[Teacher]:
+        """The teacher's networks, if it is used."""
+        parts = self.teacher.parts if self.teacher is not None and self.args.uses_teacher else []
+        return [part for part in parts if part.is_module]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._channels_last:
+            weights_in_channels_last(unwrap(self.model))
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        data = super()._prepare_input(data)
+        # Once, for both networks.
+        return in_channels_last(data) if self._channels_last else data
+
     def _prepare_features(self, features: FeatureTerm, checkpoint: str | None) -> None:
         """Size the feature loss by the first batch; its parameters are then there for the optimiser."""
         if self._engine and not features.loss.built:
@@ -548,6 +692,13 @@ class DistillationTrainer(PublishingTrainer):
         self.teacher_top1 = (saved.get("teacher") or {}).get("top1")
         if self.args.beta == "auto":
             self.beta = saved.get("beta")
+        if self._channels_last is None:
+            self._channels_last = saved.get("channels_last")
+        speeds, parts = saved.get("teacher_speed") or [], self._teacher_parts
+        if len(speeds) == len(parts):
+            for part, values in zip(parts, speeds, strict=True):
+                if part.speed_is_open:
+                    part.run_as(Speed.from_json(values))
         now = self.provenance()
         compared = (
             *("loss", "gamma", "loss_kwargs", "beta_setting", "ce_weight", "seed", "processes"),
@@ -897,6 +1048,8 @@ class DistillationTrainer(PublishingTrainer):
                 "parameters": sum(p.numel() for p in student.parameters()),
                 **({"base_model": student.started_from} if getattr(student, "started_from", None) else {}),
             },
+            "teacher_speed": [part.speed.to_json() for part in self._teacher_parts],
+            "channels_last": self._channels_last,
             "data": self._data_facts(),
             "loss": loss,
             "gamma": args.gamma if named else None,
@@ -953,11 +1106,6 @@ def _class_names(data: Any, label_name: str) -> list[str] | None:
     features = getattr(data, "features", None)
     label = features.get(label_name) if isinstance(features, Mapping) else None
     return getattr(data, "class_names", None) or getattr(label, "names", None)
-
-
-def _numbers(counts: Tensor) -> list[int] | tuple[Tensor, ...]:
-    """Counts as numbers where reading them costs nothing, else as scalars on their device."""
-    return counts.tolist() if counts.device.type == "cpu" else counts.unbind()
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

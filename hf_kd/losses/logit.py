@@ -61,6 +61,10 @@ class LogitLoss(nn.Module):
     ``temperature`` as 1/gamma. The latter is for a loss that calls something else ``gamma`` (a weight, say), which is
     then given in ``loss_kwargs``."""
 
+    weighted_matching: bool | None = None
+    """True if the loss is ``U D(p_T || q)`` with its ``gamma``, False if it is ``D(p_T || q)``: the kernels that know
+    these may then compute it. It speaks for the class that says it alone, since a subclass computes something else."""
+
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor | None = None) -> dict[str, Tensor]:
         raise TypeError(f"{type(self).__name__} must define forward(student, teacher, labels).")
 
@@ -171,6 +175,8 @@ class KD(TransformedTeacherLoss):
 class TTM(TransformedTeacherLoss):
     """``D(p_T || q)``; see :func:`hf_kd.losses.ttm_loss`."""
 
+    weighted_matching = False
+
     def per_sample(self, student: Outputs, log_p: Tensor, power_sum: Tensor) -> Tensor:
         return functional.divergence(log_p, student.log_probs)
 
@@ -181,6 +187,8 @@ class TTM(TransformedTeacherLoss):
 @register_loss("wttm")
 class WTTM(TransformedTeacherLoss):
     """``U_gamma(p) D(p_T || q)``; see :func:`hf_kd.losses.wttm_loss`."""
+
+    weighted_matching = True
 
     def per_sample(self, student: Outputs, log_p: Tensor, power_sum: Tensor) -> Tensor:
         return power_sum * functional.divergence(log_p, student.log_probs)

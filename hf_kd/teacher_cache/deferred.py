@@ -59,13 +59,13 @@ class DeferredTeacher(Teacher):
         super().__init__(build, name=described["name"], hub_id=described["hub_id"], revision=described["revision"])
         self.own_num_classes = described["num_classes"]
         self._described = described
-        self._network: Teacher | None = None
+        self._built_teacher: Teacher | None = None
         self._preparations: list[Callable[[Teacher], None]] = []
 
     @property
     def is_built(self) -> bool:
         """Whether it had to run."""
-        return self._network is not None
+        return self._built_teacher is not None
 
     @property
     def is_module(self) -> bool:
@@ -79,26 +79,31 @@ class DeferredTeacher(Teacher):
     def num_parameters(self) -> int:
         return self._described["parameters"]
 
+    @property
+    def parts(self) -> list[Teacher]:
+        """None: what is not built is not measured."""
+        return []
+
     def match(self, num_classes: int | None, preprocessing: Preprocessing | None) -> None:
         # The class count is checked now, the rest when it is built.
         super().match(num_classes, None)
-        self._prepare_network(lambda network: network.match(num_classes, preprocessing))
+        self._prepare(lambda network: network.match(num_classes, preprocessing))
 
     def place(self, device: torch.device, **options: Any) -> None:
-        self._prepare_network(lambda network: network.place(device, **options))
+        self._prepare(lambda network: network.place(device, **options))
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        if self._network is None:
-            self._network = self._built()
-        return self._network(*args, **inputs)
+        if self._built_teacher is None:
+            self._built_teacher = self._build()
+        return self._built_teacher(*args, **inputs)
 
-    def _prepare_network(self, step: Callable[[Teacher], None]) -> None:
-        if self._network is None:
+    def _prepare(self, step: Callable[[Teacher], None]) -> None:
+        if self._built_teacher is None:
             self._preparations.append(step)
         else:
-            step(self._network)
+            step(self._built_teacher)
 
-    def _built(self) -> Teacher:
+    def _build(self) -> Teacher:
         logger.info("The teacher %s is built, since its cache lacks rows.", self.name)
         # Networks draw their initial weights; the run must not notice.
         with view_rng(0, 0, 0):

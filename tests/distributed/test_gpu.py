@@ -150,3 +150,17 @@ def test_the_recipe_runs_under_every_engine(name, bright_and_dark, small_teacher
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["training"]["steps_done"] == 8
     assert last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-8"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher_stream": True},
+        {"teacher_fold_batchnorm": True, "channels_last": True},
+        {"teacher_speed": "auto", "channels_last": "auto", "teacher_stream": True},
+    ],
+    ids=str,
+)
+def test_a_faster_teacher_teaches_the_same(options, tmp_path):
+    plain, fast = weights(train(tmp_path / "plain")), weights(train(tmp_path / "fast", **options))
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-3)

@@ -258,6 +258,7 @@ def test_the_cache_can_be_read_by_itself(tmp_path):
         ({"feature_loss": "crd"}, "does not go with feature_loss: features are not stored, so that loss needs a live"),
         ({"teacher_metrics": True}, "does not go with teacher_metrics: it has no rows for the evaluation data"),
         ({"teacher_fsdp": True}, "does not go with teacher_fsdp: such a teacher runs on all processes at once"),
+        ({"teacher_speed": "auto"}, 'does not go with teacher_speed="auto": it measures a live teacher'),
         ({"teacher_cache_views": 0}, "`teacher_cache_views` must be a whole number of at least 1, got 0"),
         ({"teacher_cache_views": 1.5}, "`teacher_cache_views` must be a whole number of at least 1, got 1.5"),
         (

@@ -155,3 +155,14 @@ def test_preflight_and_beta_do_not_build_it(folder, tmp_path, builds):
     later = train("2")
     assert builds == [] and (later.beta, later.teacher_top1) == (first.beta, first.teacher_top1)
     assert later.teacher_top1 is not None and hf_kd.trainer.Replay is type(later.replay)
+
+
+def test_a_teacher_that_is_not_built_is_not_measured_and_runs_as_asked_when_it_is(cache, folder, tmp_path, builds):
+    ways = {"teacher_fold_batchnorm": True, "channels_last": "auto"}
+    trainer = run(tmp_path / "later", cache, teacher=str(folder), **ways, **options())
+    assert builds == [] and trainer.provenance()["teacher_speed"] == []
+    whole = trainer.teacher(torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    assert builds == [str(folder)] and trainer.teacher._built_teacher.speed.fold_batchnorm
+    plain = Teacher.from_pretrained(folder)
+    expected = plain(torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5)
