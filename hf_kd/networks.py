@@ -17,7 +17,10 @@ from torch.nn import functional as F
 from transformers import TimmWrapperPreTrainedModel
 
 
-BOOKKEEPING = frozenset({"labels", "index"})
+HOST_INDEX = "host_index"
+"""Batch entry, (B,) int64 of numpy: the samples' numbers where looking at them stalls no device."""
+
+BOOKKEEPING = frozenset({"labels", "index", HOST_INDEX})
 """Batch entries that are about the samples and never an input of a network."""
 
 

@@ -62,7 +62,7 @@ from .side_stream import SideStream
 from .student import WEIGHTS, adopt_label_names, load_student_weights, save_student
 from .teacher import Teacher
 from .teacher_cache.deferred import recognised_teacher
-from .teacher_cache.replay import Replay
+from .teacher_cache.replay import KeepingIndex, Replay
 from .teacher_speed import Speed
 from .version import __version__
 
@@ -572,6 +572,18 @@ class DistillationTrainer(PublishingTrainer):
                 self.beta = self._measure_beta()
         if self.features is not None:
             self._prepare_features(self.features, checkpoint)
+
+    def _get_dataloader(  # type: ignore[override]
+        self, dataset: Any, *, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        collate = self.data_collator
+        # A dispatching loader joins batches, and can do so with tensors alone.
+        if is_training and self.replay is not None and not self.accelerator.dispatch_batches:
+            self.data_collator = KeepingIndex(collate)
+        try:
+            return super()._get_dataloader(dataset, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collate
 
     def cache_teacher(self) -> int:
         """Compute and store what ``teacher_cache_dir`` lacks of the training data's views, on all processes together.

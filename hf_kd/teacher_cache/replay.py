@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ..data.views import set_dataset_epoch
-from ..networks import Preprocessing
+from ..networks import HOST_INDEX, Preprocessing
 from .fingerprint import check_fingerprint, fingerprint
 from .sharing import fetch_from_hub, push_to_hub
 from .storage import SHARD_BYTES, RowStorage, read_manifest
@@ -254,13 +254,18 @@ class Replay:
                 f"A teacher cache finds rows by the batch's 'index', and the batch has {', '.join(inputs)}: have the "
                 "data set return each sample's number (and the collator and remove_unused_columns leave it in)."
             )
-        indices, view = index.cpu().numpy(), self.views.view
+        indices, view = inputs.get(HOST_INDEX), self.views.view
+        if indices is None:
+            indices = index.cpu().numpy()
         logits, present = self.cache.read(view, indices)
         if not present.all():
             missing = (~present).nonzero().flatten()
             live = compute(_rows_of(inputs, missing, len(indices)))
             logits[missing] = self.cache.write(view, indices[missing.numpy()], live)
-        return logits.to(index.device)
+        if index.device.type == "cuda":
+            # From pinned memory, so that nothing waits for what the device was given before.
+            logits = logits.pin_memory()
+        return logits.to(index.device, non_blocking=True)
 
     def measured_top1(self, dataset: Any) -> tuple[float, int] | None:
         """The teacher's top-1 on an evaluation data set and its number of samples, if an earlier run measured it."""
@@ -315,6 +320,23 @@ class Replay:
         set_dataset_epoch(dataset, 0)
         self.cache.storage.flush()
         return done
+
+
+class KeepingIndex:
+    """A collator whose batches also say their samples' numbers on the host, where rows are looked up.
+
+    Args:
+        collate: makes the batches.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        batch = self.collate(samples)
+        index = batch.get("index") if isinstance(batch, Mapping) else None
+        # A copy: a worker moves a batch's tensors to shared memory, from under arrays that look into them.
+        return {**batch, HOST_INDEX: index.numpy().copy()} if isinstance(index, Tensor) else batch
 
 
 def _rows_of(inputs: Batch, rows: Tensor, batch_size: int) -> dict[str, Any]:

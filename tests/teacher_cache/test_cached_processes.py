@@ -93,6 +93,17 @@ def test_two_processes_fill_and_read_one_cache_and_equal_one(workers, tmp_path):
         assert run["logged"] == pytest.approx(one["logged"], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loading", [{"dispatch_batches": True}, {"split_batches": True}])
+def test_other_ways_to_share_out_batches(loading, tmp_path):
+    options = {"learning_rate": 0.005, "accelerator_config": loading, "fp64": True}
+    live = run_processes(partial(train, **options), 2, tmp_path / "live", None)
+    cached = partial(train, teacher_cache_dtype="fp32", **options)
+    first = run_processes(cached, 2, tmp_path / "first", tmp_path / "cache")
+    for run, expected in zip(first, live, strict=True):
+        assert run["logged"] == pytest.approx(expected["logged"], rel=1e-6)
+
+
 def test_processes_share_the_work_of_computing_ahead(tmp_path):
     done = run_processes(partial(train, ahead=True), 2, tmp_path / "ahead", tmp_path / "cache")
     assert done == [3 * SAMPLES, 3 * SAMPLES]

@@ -356,6 +356,17 @@ def test_a_collator_is_part_of_the_view(tmp_path):
         make_trainer(tmp_path / "2", tmp_path / "cache", data_collator=darker)
 
 
+def test_rows_are_looked_up_by_numbers_on_the_host(tmp_path, monkeypatch):
+    run(tmp_path / "1", tmp_path / "cache")
+    trainer = make_trainer(tmp_path / "2", tmp_path / "cache")
+    batches = list(trainer.get_train_dataloader())
+    # On a GPU this would wait for all that the device was given before.
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: pytest.fail("a tensor is copied to the host"))
+    for batch in batches:
+        assert trainer.replay.logits(batch, None).shape == (len(batch["index"]), 5)
+    assert sorted(number for batch in batches for number in batch["host_index"].tolist()) == list(range(27))
+
+
 def test_probing_the_data_leaves_random_state_and_epoch_alone(tmp_path):
     data = Views(count=27)
     data.set_epoch(5)
