@@ -128,7 +128,8 @@ OPTIONS = {
     "uneven last batch": {"num_train_epochs": 2},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "AdamW": {"optim": "adamw_torch", "learning_rate": 1e-3, "decay_all_parameters": True, "weight_decay": 0.1},
-    "bf16": {"bf16": True, "num_train_epochs": 2},
+    # Few steps: two weights that differ by a rounding may be rounded to different neighbours in bf16.
+    "bf16": {"bf16": True, "max_steps": 2},
 }
 
 
