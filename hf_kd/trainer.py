@@ -615,7 +615,8 @@ class DistillationTrainer(PublishingTrainer):
         def batches(dataset: Dataset) -> Iterator[dict[str, Any]]:
             loader = DataLoader(
                 SkippingDataset(dataset) if self.args.on_bad_sample == "skip" else dataset,
-                batch_size=self.args.eval_batch_size,
+                # What training would run it with fits.
+                batch_size=max(self.args.train_batch_size, self.args.eval_batch_size),
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
             )

@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
-import platform
 import tempfile
 import time
 import warnings
@@ -28,6 +25,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from side_by_side import add_output, table, write
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -138,16 +136,18 @@ def measure(cases, batch_size, workers, passes, normalise):
 
 
 def show(title, results, reference):
-    print(f"\n{title:<64}{'images/s':>10}{'CPU µs':>9}{'ratio':>8}")
-    for name, values in results.items():
-        speed = values["images_per_second"]
-        ratio = speed / results[reference]["images_per_second"]
-        print(f"{name:<64}{speed:>10,.0f}{values['cpu_us_per_image']:>9,.0f}{ratio:>8.2f}", flush=True)
+    slowest = results[reference]["images_per_second"]
+    rows = [
+        (name, f"{values['images_per_second']:,.0f}", f"{values['cpu_us_per_image']:,.0f}",
+         f"{values['images_per_second'] / slowest:.2f}")
+        for name, values in results.items()
+    ]  # fmt: skip
+    print(f"\n{table(rows, (title, 'images/s', 'CPU µs an image', 'ratio'))}", flush=True)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file for the results.")
+    add_output(parser)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--small-images", type=int, default=4096)
@@ -156,10 +156,7 @@ def main(argv=None):
     # Torchvision announces that its decoders will go.
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    results = {"machine": machine, "versions": versions, "small": {}, "photographs": {}}
-    print(f"{machine}, torch {torch.__version__}, torchvision {torchvision.__version__}")
+    results = {"torchvision": torchvision.__version__, "small": {}, "photographs": {}}
 
     data = small_images(args.small_images)
     small = {
@@ -185,8 +182,7 @@ def main(argv=None):
             found = measure(photographs, 32, workers, args.passes, normalise)
             show(f"JPEGs of 500 × 375 to 224 × 224, batches of 32, {workers} workers", found, "pil, floats")
             results["photographs"][f"{workers} workers"] = found
-    if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write(args.output, results)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ top of them, both in tensors of the logits' size. The floor reads both logits an
 """
 
 import argparse
-import datetime
-import json
-import platform
 import random
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from side_by_side import add_output, table, write
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -168,34 +165,26 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
+    add_output(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    head = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine,
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "rounds": args.rounds,
-    }
-    print(", ".join(f"{key} {value}" for key, value in head.items()))
     sizes = {}
     for size in args.sizes:
         rows, classes = map(int, size.split("x"))
         sizes[size] = measure(rows, classes, args.rounds, device)
-        print(f"\n{size:<18}{'ms':>10}{'ratio':>8}{'quartiles':>15}{'wall':>8}{'kept':>7}{'peak':>7}")
-        for name, row in sizes[size].items():
-            low, high = row["quartiles"]
-            print(
-                f"{name:<18}{row['milliseconds']:>10.3f}{row['ratio']:>8.2f}{low:>9.2f}–{high:<5.2f}"
-                f"{row['wall_ratio']:>8.2f}{row['kept']:>7.2f}{row['peak']:>7.2f}"
+        rows = [
+            (
+                name,
+                f"{row['milliseconds']:.3f}",
+                f"{row['ratio']:.2f}",
+                f"{row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f}",
+                *(f"{row[key]:.2f}" for key in ("wall_ratio", "kept", "peak")),
             )
-    if args.output is not None:
-        args.output.write_text(json.dumps({**head, "sizes": sizes}, indent=2) + "\n", encoding="utf-8")
+            for name, row in sizes[size].items()
+        ]
+        print(f"\n{table(rows, (size, 'ms', 'ratio', 'quartiles', 'wall', 'kept', 'peak'))}", flush=True)
+    write(args.output, {"rounds": args.rounds, "sizes": sizes})
 
 
 if __name__ == "__main__":

@@ -150,10 +150,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def write(output: Path | None, figures: Mapping[str, Any]) -> None:
-    """Print on which machine the figures were found, and keep them if a file is given."""
-    where = machine()
-    print(f"\n{where['date']}, {where['cores']} cores of {where['processor']}, {where['threads']} thread(s), "
-          f"torch {where['versions']['torch']}")  # fmt: skip
+    """Keep the figures, and on which machine they were found, if a file is given."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"machine": where, **figures}, indent=1) + "\n")
+        output.write_text(json.dumps({"machine": machine(), **figures}, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """What a training step costs: this trainer beside a loop written by hand, and beside other libraries.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/step.py [--workload cifar|small] [--rounds 9] [--output FILE]
+    OMP_NUM_THREADS=1 python tests/benchmarks/step.py [--workload cifar|small] [--table peers|cache] [--output FILE]
 
 Everything takes turns in one process (side_by_side.py), on the same networks and the same batches.
 
@@ -46,7 +46,9 @@ WORKLOADS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cifar": ("cifar_resnet32x4", "cifar_resnet8x4", {}),
     "small": ("resnet18", "resnet10t", QUICKSTART),
 }
-BATCH, CLASSES, IMAGES = 64, 100, 4096
+# Rounds, and steps that are counted in each: a step takes two seconds or some milliseconds.
+TURNS = {"cifar": (4, 2), "small": (9, 4)}
+BATCH, CLASSES, IMAGES = 64, 100, 1024
 TEMPERATURE, CE_WEIGHT, GAMMA = 4.0, 0.1, 0.5
 KD = {"loss": "kd", "temperature": TEMPERATURE, "beta": 1 - CE_WEIGHT, "ce_weight": CE_WEIGHT}
 WTTM = {"loss": "wttm", "gamma": GAMMA}
@@ -297,7 +299,10 @@ def report(title: str, times: dict[str, list[dict[str, float]]], baseline: str) 
         rows.append((name, f"{milliseconds:.1f}", f"{cpu['median']:.3f}", f"{cpu['low']:.2f} to {cpu['high']:.2f}",
                      f"{wall['median']:.3f}"))  # fmt: skip
     print(f"\n{title}\n")
-    print(table(rows, ("", "ms a step (CPU)", "share of the first row (CPU)", "over the rounds", "share (wall)")))
+    print(
+        table(rows, ("", "ms a step (CPU)", "share of the first row (CPU)", "over the rounds", "share (wall)")),
+        flush=True,
+    )
     return {"baseline": baseline, "shares": found, "milliseconds": times}
 
 
@@ -305,15 +310,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=list(WORKLOADS), action="append", help="by default all of them")
     parser.add_argument("--table", choices=list(TABLES), action="append", help="by default both")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--block", type=int, default=4, help="steps that are counted of each turn")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled students")
     add_output(parser)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     figures: dict[str, Any] = {}
-    turns = Turns(args.rounds, args.block)
     for name in args.workload or WORKLOADS:
+        turns = Turns(*TURNS[name])
         teacher, student, _ = WORKLOADS[name]
         for key in args.table or TABLES:
             title, loops, baseline = TABLES[key]
@@ -322,7 +325,7 @@ def main() -> None:
                 times = turns.run(loops(work, turns.steps, not args.no_compile))
             title = f"{teacher} → {student}, batch {BATCH}, 32 x 32: {title}"
             figures[f"{name} {key}"] = report(title, times, baseline)
-    write(args.output, figures)
+            write(args.output, figures)
 
 
 if __name__ == "__main__":

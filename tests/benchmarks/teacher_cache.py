@@ -16,16 +16,15 @@ shows how far the machine's noise goes. About seven minutes on one core.
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
+from side_by_side import add_output, write
 from transformers import PrinterCallback
 from transformers.utils import logging
 
@@ -194,7 +193,7 @@ def read_times(folder, repeats=200):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="JSON file for all of it.")
+    add_output(parser)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--sweep_epochs", type=int, default=2)
     parser.add_argument("--teacher_epochs", type=int, default=4)
@@ -230,21 +229,19 @@ def main(argv=None):
     print("  " + "; ".join(f"{name}: {value:.1e}" for name, value in differences.items()))
     filled = swept["ratio_without_the_first"]
     print(f"sweep of {len(SETTINGS)}: {swept['ratio']:.3f} of the time ({filled:.3f} once filled)")
-    result = {
-        "command": "python tests/benchmarks/teacher_cache.py",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}",
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "teacher_top1": top1,
-        "runs": rows,
-        "loss_differences": differences,
-        "reading": reads,
-        "sweep": swept,
-        "seconds": time.perf_counter() - start,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{result['seconds']:.0f} s")
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    write(
+        args.output,
+        {
+            "settings": settings,
+            "teacher_top1": top1,
+            "runs": rows,
+            "loss_differences": differences,
+            "reading": reads,
+            "sweep": swept,
+            "seconds": time.perf_counter() - start,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "data_loading.py"
 
 
-def test_a_small_run(tmp_path, capsys):
+def test_a_small_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
     main = runpy.run_path(str(BENCHMARK))["main"]
     output = tmp_path / "results.json"
     main(["--output", str(output), "--workers", "0", "--small-images", "256", "--photographs", "8", "--passes", "2"])
