@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import accelerate
 import numpy as np
@@ -46,18 +46,19 @@ from .files import atomic_write, write_text
 from .fused_term import FusedTerms
 from .labels import is_soft, normalise_labels
 from .lean_steps import step_directly
-from .losses import Outputs, functional
+from .losses import Outputs
 from .losses.feature import build_feature_loss
 from .losses.logit import LOSSES, CallableLoss, LogitLoss, build_loss, cross_entropy
 from .memory_format import channels_last_is_faster, in_channels_last, weights_in_channels_last
 from .meters import Meters
 from .model_card import PROVENANCE, StudentCard
 from .networks import Preprocessing, Signature, logits_of, timm_network, unwrap
+from .objective import Counts, LogitTerms, feature_term
 from .preflight import mean_power_sum, report_top1, teacher_top1
 from .publishing_trainer import PublishingTrainer
 from .reliable_trainer import changed
 from .repository import TRAINING_ARGS, public_arguments
-from .samples import count_samples, sample_mask, sum_and_count, without_repeats
+from .samples import count_samples, sample_mask, without_repeats
 from .side_stream import SideStream
 from .student import WEIGHTS, adopt_label_names, load_student_weights, save_student
 from .teacher import Teacher
@@ -68,24 +69,6 @@ from .version import __version__
 
 
 logger = get_logger(__name__)
-
-Sums = dict[str, tuple[Tensor, "int | Tensor"]]
-"""What is to be logged: sums over samples, and how many those are."""
-
-
-class _Counts(NamedTuple):
-    """How many samples and labels there are: numbers, or scalars where they are known on the device alone."""
-
-    samples: int | Tensor
-    """Of the batch."""
-    step_samples: int | Tensor
-    """Of the optimiser step, over all its batches and processes."""
-    step_labels: int | Tensor | None
-    """Likewise; None if the batch is the whole step."""
-    processes: int
-    """What each process multiplies its share of the step by."""
-    of_step: Tensor | None
-    """The step's two counts, (2,)."""
 
 
 class DistillationTrainer(PublishingTrainer):
@@ -172,7 +155,13 @@ class DistillationTrainer(PublishingTrainer):
         student = unwrap(self.model)
         adopt_label_names(student, _class_names(self.train_dataset, self._label_name))
         self._student_signature = Signature.of(student)
-        self._fused = FusedTerms.of(self.args, self.distillation_loss)
+        self._logit_terms = LogitTerms(
+            self.args,
+            self._label_name,
+            FusedTerms.of(self.args, self.distillation_loss),
+            lambda: self.compute_distillation_loss,
+            DistillationTrainer.compute_distillation_loss,
+        )
         self._meters = Meters(drop_nonfinite=self.args.on_nonfinite == "skip")
         self._logged_components: dict[str, float] = {}
         self._steps_per_epoch: int | None = None
@@ -378,127 +367,24 @@ class DistillationTrainer(PublishingTrainer):
                 "they have different classes."
             )
         student.mask = sample_mask(inputs, student.logits.shape[:-1])
-        counts = self._counts(inputs, num_items_in_batch)
+        own = count_samples(inputs, self._label_name, self._student_classes)
+        counts = Counts.of(own, num_items_in_batch, self._loss_scale)
         if self.beta is None and self.args.uses_logits:
             self.beta = self._measure_beta()
-        fuses = teacher is not None and self._fuses(student, inputs)
-        terms, logged = (self._fused_terms if fuses else self._composed_terms)(student, teacher, inputs, counts)
+        terms, logged = self._logit_terms(student, teacher, inputs, counts, self.beta)
         if self.features is not None:
-            totals = self._totals(self.features(labels, inputs.get("index")), student.mask, counts.samples)
-            terms["feature"] = self.args.feature_weight * counts.processes * totals["feature"] / counts.step_samples
-            logged.update({name: (total, counts.samples) for name, total in totals.items()})
+            term, of_features = feature_term(self.features(labels, inputs.get("index")), student.mask, counts)
+            terms["feature"] = self.args.feature_weight * term
+            logged.update(of_features)
         if self.args.log_analysis:
             # What the loss logs already stays as it is.
-            logged = {**self._analysis(student, teacher, inputs, counts, None if fuses else terms), **logged}
+            logged = {**self._logit_terms.analysis(student, teacher, inputs, counts, self.beta, terms), **logged}
         for name, (total, count) in logged.items():
             self._meters.add(name, total, count)
         loss = functools.reduce(operator.add, terms.values())
         components: dict[str, Tensor] = {key: logged[key][0] for key in ("ce", "distill", "feature") if key in logged}
         self._guard.watch_loss(loss, components, student, teacher, inputs, self.state.global_step + 1)
         return (loss, student.raw) if return_outputs else loss
-
-    def _counts(self, inputs: Mapping[str, Any], of_step: Tensor | None) -> _Counts:
-        samples = count_samples(inputs, self._label_name, self._student_classes)
-        if of_step is None:
-            return _Counts(samples, samples, None, 1, None)
-        # As numbers where reading them costs nothing.
-        step_samples, step_labels = of_step.tolist() if of_step.device.type == "cpu" else of_step.unbind()
-        # Under DDP gradients are averaged over processes, and each has divided by the count of all of them.
-        return _Counts(samples, step_samples, step_labels, self._loss_scale, of_step)
-
-    def _composed_terms(
-        self, student: Outputs, teacher: Outputs | None, inputs: Mapping[str, Any], counts: _Counts
-    ) -> tuple[dict[str, Tensor], Sums]:
-        """The terms on logits, each as its share of the step, and what is logged of them."""
-        labels = inputs.get(self._label_name)
-        terms: dict[str, Tensor] = {}
-        logged: Sums = {}
-        if self.args.ce_weight:
-            if labels is None:
-                raise ValueError(
-                    f"The batch has no {self._label_name!r} (it has {', '.join(inputs)}), and `ce_weight` is "
-                    f"{self.args.ce_weight}: add the labels, or set ce_weight=0 to learn from the teacher alone."
-                )
-            ce, labelled = cross_entropy(
-                student,
-                labels,
-                label_smoothing=self.args.label_smoothing_factor,
-                mask=student.mask if SAMPLE_MASK in inputs else None,
-            )
-            step_labels = labelled if counts.step_labels is None else counts.step_labels
-            terms["ce"] = self.args.ce_weight * counts.processes * ce / _at_least_one(step_labels)
-            logged["ce"] = ce, labelled
-        if teacher is not None and self.args.uses_logits:
-            parts = self.compute_distillation_loss(student, teacher, inputs)
-            parts = parts if isinstance(parts, dict) else {"distill": parts}
-            totals = self._totals(parts, student.mask, counts.samples)
-            assert self.beta is not None
-            terms["distill"] = self.beta * counts.processes * totals["distill"] / counts.step_samples
-            logged.update({name: (total, counts.samples) for name, total in totals.items()})
-        with torch.no_grad():
-            entropy = functional.entropy(student.log_probs)
-            logged["student_entropy"] = sum_and_count(entropy, student.mask)
-        return terms, logged
-
-    def _fuses(self, student: Outputs, inputs: Mapping[str, Any]) -> bool:
-        """Whether one kernel may compute the batch's terms on logits."""
-        computes = getattr(self.compute_distillation_loss, "__func__", None)
-        if self._fused is None or computes is not DistillationTrainer.compute_distillation_loss:
-            return False
-        return self._fused.fit(student, inputs.get(self._label_name), SAMPLE_MASK in inputs)
-
-    def _fused_terms(
-        self, student: Outputs, teacher: Outputs | None, inputs: Mapping[str, Any], counts: _Counts
-    ) -> tuple[dict[str, Tensor], Sums]:
-        """The same by one kernel, in one term."""
-        assert self._fused is not None and teacher is not None and self.beta is not None
-        labels = inputs.get(self._label_name)
-        objective, totals = self._fused(student, teacher, labels, counts.of_step, self.beta, counts.processes)
-        logged: Sums = {
-            "distill": (totals.distill, counts.samples),
-            "power_sum": (totals.power_sum, counts.samples),
-            "student_entropy": (totals.entropy, counts.samples),
-        }
-        if self.args.ce_weight:
-            logged["ce"] = totals.ce, totals.labelled
-        return {"fused": objective}, logged
-
-    @torch.no_grad()
-    def _analysis(
-        self,
-        student: Outputs,
-        teacher: Outputs | None,
-        inputs: Mapping[str, Any],
-        counts: _Counts,
-        terms: dict[str, Tensor] | None,
-    ) -> Sums:
-        """What ``log_analysis`` adds to the log. ``terms`` are the composed ones; None if they were fused."""
-        found: Sums = {}
-        if teacher is not None:
-            statistics = functional.matching_statistics(student.log_probs, teacher.logits, self.args.gamma or 1.0)
-            totals = self._totals(statistics, student.mask, counts.samples)
-            found.update({name: (total, counts.samples) for name, total in totals.items()})
-        if terms is None:
-            # One gradient for both is no help here; and a softmax from before may have no graph.
-            with torch.enable_grad():
-                terms, _ = self._composed_terms(Outputs(student.logits, mask=student.mask), teacher, inputs, counts)
-        products = term_gradients.products(terms, student.logits, counts.step_samples / counts.processes)
-        found.update({name: (total, counts.samples) for name, total in products.items()})
-        return found
-
-    @staticmethod
-    def _totals(parts: Mapping[str, Tensor], mask: Tensor | None, samples: int | Tensor) -> dict[str, Tensor]:
-        """What a loss gives as sums over the samples: its means times their number."""
-        totals = {}
-        for name, value in parts.items():
-            if mask is not None and value.shape == mask.shape:
-                mean = torch.where(mask, value, 0.0).sum() / mask.sum().clamp_min(1)
-                totals[name] = mean * samples
-            elif isinstance(samples, int) and value.numel() == samples:
-                totals[name] = value.sum()
-            else:
-                totals[name] = value.mean() * samples
-        return totals
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Outputs:
         args, kwargs = self._student_signature.select(self._with_usual_label_name(inputs))
@@ -1107,10 +993,6 @@ def _class_names(data: Any, label_name: str) -> list[str] | None:
     features = getattr(data, "features", None)
     label = features.get(label_name) if isinstance(features, Mapping) else None
     return getattr(data, "class_names", None) or getattr(label, "names", None)
-
-
-def _at_least_one(count: int | Tensor) -> int | Tensor:
-    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _is_float(value: Any) -> bool:

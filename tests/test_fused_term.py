@@ -186,7 +186,7 @@ def test_resumed_in_mid_epoch_it_is_the_same_to_the_last_bit(calls, tmp_path):
 @pytest.mark.slow
 def test_compiled_in_the_trainer(calls, tmp_path):
     fused = train(tmp_path / "fused", "compiled")
-    assert not fused._fused.kernel.failed and sum(calls) == 22
+    assert not fused._logit_terms.fused.kernel.failed and sum(calls) == 22
     assert_same(fused, train(tmp_path / "composed", "off"))
 
 
