@@ -4,7 +4,17 @@ from .autograd import matching_objective
 from .choice import KERNELS, choose_kernel
 from .compiled import CompiledKernel
 from .eager import eager_kernel
-from .interface import Kernel, Totals
+from .interface import Batch, Kernel, Totals, Weights
 
 
-__all__ = ["KERNELS", "CompiledKernel", "Kernel", "Totals", "choose_kernel", "eager_kernel", "matching_objective"]
+__all__ = [
+    "KERNELS",
+    "Batch",
+    "CompiledKernel",
+    "Kernel",
+    "Totals",
+    "Weights",
+    "choose_kernel",
+    "eager_kernel",
+    "matching_objective",
+]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..losses.functional import IGNORE_INDEX, check_gamma, check_logits
 from .eager import eager_kernel
-from .interface import Kernel
+from .interface import Batch, Kernel, Weights
 
 
 class _Objective(torch.autograd.Function):
@@ -17,21 +17,9 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        counts: Tensor | None,
-        gamma: float,
-        ce_weight: float,
-        beta: float,
-        weighted: bool,
-        kernel: Kernel,
+        ctx: Any, student: Tensor, teacher: Tensor, batch: Batch, weights: Weights, kernel: Kernel
     ) -> tuple[Tensor, Tensor]:
-        objective, totals, gradient = kernel(
-            student.detach(), teacher, labels, mask, counts, gamma, ce_weight, beta, weighted
-        )
+        objective, totals, gradient = kernel(batch._replace(student=student.detach()), weights)
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
         ctx.mark_non_differentiable(totals)
@@ -47,7 +35,7 @@ class _Objective(torch.autograd.Function):
                 "The fused loss has no second derivative, and create_graph=True asks for one: take the composed loss "
                 '(fused_loss="off", or hf_kd.losses.wttm_loss).'
             )
-        nothing = (None,) * 9
+        nothing = (None,) * 4
         if upstream is None:
             return None, *nothing
         (gradient,) = ctx.saved_tensors
@@ -130,7 +118,9 @@ def matching_objective(
     labels = labels.long()
     if mask is not None:
         labels = labels.masked_fill(~mask, IGNORE_INDEX)
+    batch = Batch(student_logits, teacher_logits, labels, mask, counts)
+    # Both logits by themselves as well: torch looks into no tuple for what is differentiated.
     objective, totals = _Objective.apply(
-        student_logits, teacher_logits, labels, mask, counts, gamma, ce_weight, beta, weighted, kernel
+        student_logits, teacher_logits, batch, Weights(gamma, ce_weight, beta, weighted), kernel
     )
     return objective, totals

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from transformers.utils.logging import get_logger
 
 from ..losses.functional import IGNORE_INDEX
 from .eager import eager_kernel
-from .interface import own_counts, working_dtype
+from .interface import Batch, Weights, own_counts, working_dtype
 
 
 logger = get_logger(__name__)
@@ -38,64 +37,34 @@ class CompiledKernel:
         self._compiled = torch.compile(_objective, fullgraph=True, dynamic=False)
         self._seen: set[tuple[object, ...]] = set()
 
-    def __call__(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        counts: Tensor | None,
-        gamma: float,
-        ce_weight: float,
-        beta: float,
-        weighted: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         # To the compiler a single row is a case of its own.
-        if not self.failed and len(student) > 1 and student.numel() >= self.smallest:
+        if not self.failed and len(batch.student) > 1 and batch.student.numel() >= self.smallest:
             try:
-                return self._run(student, teacher, labels, mask, counts, gamma, ce_weight, beta, weighted)
+                return self._run(batch, weights)
             except _CompilationError as error:
                 self.failed = True
                 logger.warning("The fused loss could not be compiled and runs uncompiled: %s", error)
-        return eager_kernel(student, teacher, labels, mask, counts, gamma, ce_weight, beta, weighted)
+        return eager_kernel(batch, weights)
 
-    def _run(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        counts: Tensor | None,
-        gamma: float,
-        ce_weight: float,
-        beta: float,
-        weighted: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+        student, teacher, labels, mask, counts = batch
         dtype = working_dtype(student, teacher)
-        settings = _settings(gamma, ce_weight, beta, float(weighted), dtype)
+        settings = _settings(weights, dtype)
         # At least 4, and chunks that differ by one: none has a single row.
         rows = max(4, _CHUNK * torch.get_num_threads() // student.shape[1])
         chunks = -(-len(student) // rows)
         if chunks == 1:
-            return self._chunk(counts, settings, student, teacher, labels, None, mask)
+            return self._chunk(batch, None, settings)
         counts = own_counts(labels, mask) if counts is None else counts
         gradient = torch.empty(student.shape, dtype=dtype)
-        split: list[Any] = [tensor.tensor_split(chunks) for tensor in (student, teacher, labels, gradient)]
-        split.append([None] * chunks if mask is None else mask.tensor_split(chunks))
-        parts = [self._chunk(counts, settings, *tensors)[:2] for tensors in zip(*split, strict=True)]
-        objective, totals = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
+        parts = zip(batch._replace(counts=counts).split(chunks), gradient.tensor_split(chunks), strict=True)
+        found = [self._chunk(part, piece, settings)[:2] for part, piece in parts]
+        objective, totals = (torch.stack(values).sum(dim=0) for values in zip(*found, strict=True))
         return objective, totals, gradient
 
-    def _chunk(
-        self,
-        counts: Tensor | None,
-        settings: Tensor,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        gradient: Tensor | None,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _chunk(self, batch: Batch, gradient: Tensor | None, settings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        student, teacher, labels, mask, counts = batch
         case = (student.shape[1], student.dtype, teacher.dtype, gradient is None, mask is None, counts is None)
         if case in self._seen:
             return self._compiled(student, teacher, labels, gradient, mask, counts, settings)
@@ -116,9 +85,9 @@ class _CompilationError(Exception):
 
 
 @functools.lru_cache(maxsize=64)
-def _settings(gamma: float, ce_weight: float, beta: float, by_power_sum: float, dtype: torch.dtype) -> Tensor:
+def _settings(weights: Weights, dtype: torch.dtype) -> Tensor:
     # As a tensor: numbers would become part of the code, and others compile again.
-    return torch.tensor([gamma, ce_weight, beta, by_power_sum], dtype=dtype)
+    return torch.tensor([float(weight) for weight in weights], dtype=dtype)
 
 
 def _objective(

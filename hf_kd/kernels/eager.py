@@ -9,25 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses.functional import IGNORE_INDEX
-from .interface import own_counts, working_dtype
+from .interface import Batch, Weights, own_counts, working_dtype
 
 
 # Logits at a time on the CPU, for each thread: what is made on the way stays in its cache.
 _CHUNK = 2**18
 
 
-def eager_kernel(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    counts: Tensor | None,
-    gamma: float,
-    ce_weight: float,
-    beta: float,
-    weighted: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def eager_kernel(batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """A :class:`hf_kd.kernels.Kernel`."""
+    student, teacher, labels, mask, counts = batch
     dtype = working_dtype(student, teacher)
     counts = own_counts(labels, mask) if counts is None else counts
     a: float | Tensor
@@ -35,51 +26,28 @@ def eager_kernel(
     if student.device.type == "cpu":
         # As numbers they cost less, and reading them waits for nothing.
         samples, labelled = counts.tolist()
-        a, b = ce_weight / max(labelled, 1), beta / max(samples, 1)
+        a, b = weights.ce_weight / max(labelled, 1), weights.beta / max(samples, 1)
         rows = max(1, _CHUNK * torch.get_num_threads() // student.shape[1])
     else:
         samples, labelled = counts.to(dtype).clamp_min(1.0).unbind()
-        a, b = ce_weight / labelled, beta / samples
+        a, b = weights.ce_weight / labelled, weights.beta / samples
         rows = len(student)
     gradient = torch.empty(student.shape, dtype=dtype, device=student.device)
-    if len(student) <= rows:
-        totals = _rows(student, teacher, labels, mask, gradient, gamma, a, b, weighted)
+    chunks = -(-len(student) // rows)
+    if chunks <= 1:
+        totals = _rows(batch, gradient, weights, a, b)
     else:
-        parts = [slice(first, first + rows) for first in range(0, len(student), rows)]
-        totals = torch.stack(
-            [
-                _rows(
-                    student[part],
-                    teacher[part],
-                    labels[part],
-                    None if mask is None else mask[part],
-                    gradient[part],
-                    gamma,
-                    a,
-                    b,
-                    weighted,
-                )
-                for part in parts
-            ]
-        ).sum(dim=0)
+        parts = zip(batch.split(chunks), gradient.tensor_split(chunks), strict=True)
+        totals = torch.stack([_rows(part, piece, weights, a, b) for part, piece in parts]).sum(dim=0)
     return totals[0] * a + totals[2] * b, totals, gradient
 
 
-def _rows(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    gradient: Tensor,
-    gamma: float,
-    a: float | Tensor,
-    b: float | Tensor,
-    weighted: bool,
-) -> Tensor:
+def _rows(batch: Batch, gradient: Tensor, weights: Weights, a: float | Tensor, b: float | Tensor) -> Tensor:
     """Write the gradient of some rows to its place and give their totals, (5,). Buffers are used more than once."""
+    student, teacher, labels, mask, _ = batch
     dtype = gradient.dtype
     log_q = F.log_softmax(student, dim=-1, dtype=dtype)
-    scaled = F.log_softmax(teacher, dim=-1, dtype=dtype).mul_(gamma)
+    scaled = F.log_softmax(teacher, dim=-1, dtype=dtype).mul_(weights.gamma)
     log_p = F.log_softmax(scaled, dim=-1)
     # Both are gamma times the teacher's logits but for a constant, which is the logarithm of the power sum.
     power = scaled.amax(dim=-1, keepdim=True).sub_(log_p.amax(dim=-1, keepdim=True)).exp_()
@@ -90,7 +58,7 @@ def _rows(
     impossible = student.device.type != "cpu" or not math.isfinite(divergence.sum().item())
     if impossible:
         divergence = difference.masked_fill_(p == 0, 0.0).sum(dim=-1, keepdim=True)
-    weight = power if weighted else torch.ones_like(power)
+    weight = power if weights.weighted else torch.ones_like(power)
     ce = F.nll_loss(log_q, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     q = torch.exp(log_q, out=difference)
     if impossible:

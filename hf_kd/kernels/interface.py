@@ -25,8 +25,41 @@ class Totals(NamedTuple):
     """The student's Shannon entropy in nats."""
 
 
+class Batch(NamedTuple):
+    """What a kernel computes on; the arguments are checked before it."""
+
+    student: Tensor
+    """Logits (B, K), floating point."""
+    teacher: Tensor
+    """Likewise."""
+    labels: Tensor
+    """(B,) int64, ``IGNORE_INDEX`` where there is none."""
+    mask: Tensor | None
+    """(B,) bool, False for what is no sample (it has no label either); None if all are."""
+    counts: Tensor | None
+    """(2,): how many samples and labels the whole step has, which the terms are divided by; None if they are this
+    batch's."""
+
+    def split(self, chunks: int) -> list[Batch]:
+        """Its rows in so many parts, whose sizes differ by one at most; the counts go for all of them."""
+        student, teacher, labels = (tensor.tensor_split(chunks) for tensor in self[:3])
+        mask = [None] * chunks if self.mask is None else self.mask.tensor_split(chunks)
+        return [Batch(*part, self.counts) for part in zip(student, teacher, labels, mask, strict=True)]
+
+
+class Weights(NamedTuple):
+    """Of which terms an objective consists."""
+
+    gamma: float
+    """In (0, 1]."""
+    ce_weight: float
+    beta: float
+    weighted: bool
+    """Whether by the power sum, as in WTTM; if not, it is TTM's."""
+
+
 class Kernel(Protocol):
-    """A function that computes objective, statistics and gradient at once; the arguments are checked before it.
+    """A function that computes objective, statistics and gradient at once.
 
     With q the student's probabilities, p_T the transformed teacher's, y the label and u the sample's weight (U or 1),
     the objective is the sum over samples of ``-a log q_y + b u D(p_T || q)``, and its gradient with respect to the
@@ -34,29 +67,8 @@ class Kernel(Protocol):
     counts.
     """
 
-    def __call__(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        mask: Tensor | None,
-        counts: Tensor | None,
-        gamma: float,
-        ce_weight: float,
-        beta: float,
-        weighted: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         """Compute it.
-
-        Args:
-            student, teacher: logits (B, K), floating point.
-            labels: (B,) int64, ``IGNORE_INDEX`` where there is none.
-            mask: (B,) bool, False for what is no sample (it has no label either); None if all are.
-            counts: (2,): how many samples and labels the whole step has, which the terms are divided by; None if
-                they are this batch's.
-            gamma: in (0, 1].
-            ce_weight, beta: weights of the two terms.
-            weighted: whether by the power sum, as in WTTM; if not, it is TTM's.
 
         Returns:
             ``(objective, totals, gradient)`` of shapes (), (5,) in the order of :class:`Totals`, and (B, K), in

@@ -11,28 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..losses.functional import IGNORE_INDEX
-from .interface import own_counts, working_dtype
+from .interface import Batch, Weights, own_counts, working_dtype
 
 
 # Logits that a program holds at a time; longer rows are gone through in blocks of this size.
 _LARGEST_BLOCK = 8192
 
 
-def triton_kernel(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    mask: Tensor | None,
-    counts: Tensor | None,
-    gamma: float,
-    ce_weight: float,
-    beta: float,
-    weighted: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def triton_kernel(batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """A :class:`hf_kd.kernels.Kernel`; nothing of it waits for the device.
 
     A label that is out of range gives NaN, since a kernel cannot raise.
     """
+    student, teacher, labels, mask, counts = batch
     dtype = working_dtype(student, teacher)
     rows, classes = student.shape
     student, teacher = (logits if logits.stride(1) == 1 else logits.contiguous() for logits in (student, teacher))
@@ -47,14 +38,14 @@ def triton_kernel(
             labels.contiguous(),
             labels if mask is None else mask.contiguous(),
             counts,
-            _settings(gamma, ce_weight, beta, dtype, student.device),
+            _settings(weights, dtype, student.device),
             gradient,
             statistics,
             student.stride(0),
             teacher.stride(0),
             classes,
             ignored=IGNORE_INDEX,
-            weighted=weighted,
+            weighted=weights.weighted,
             masked=mask is not None,
             dtype=tl.float64 if dtype == torch.float64 else tl.float32,
             block=block,
@@ -65,9 +56,9 @@ def triton_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def _settings(gamma: float, ce_weight: float, beta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _settings(weights: Weights, dtype: torch.dtype, device: torch.device) -> Tensor:
     # As a tensor: Triton would round numbers to fp32.
-    return torch.tensor([gamma, ce_weight, beta], dtype=dtype, device=device)
+    return torch.tensor(weights[:3], dtype=dtype, device=device)
 
 
 @triton.jit
