@@ -6,7 +6,7 @@ from tiny import ConvNet, Images, Tagger, config, networks
 from torch.utils.data import Dataset
 
 from hf_kd import DistillationTrainer, fused_term
-from hf_kd.kernels import Batch, Weights, eager_kernel
+from hf_kd.kernels import LogitBatch, Weights, eager_kernel
 from hf_kd.losses.logit import LOSSES, WTTM, register_loss
 
 
@@ -215,7 +215,7 @@ def test_the_rule_of_auto():
     for rows, expected in ((39, 0), (40, 1)):
         student = torch.zeros(rows, 100_000)
         labels = torch.zeros(rows, dtype=torch.long)
-        kernel(Batch(student, student, labels, None, None), Weights(0.5, 1.0, 1.0, True))
+        kernel(LogitBatch(student, student, labels, None, None), Weights(0.5, 1.0, 1.0, True))
         assert bool(compiled) == bool(expected)
     assert fused_term.choose_kernel("auto", torch.device("cuda")) is fused_term.choose_kernel(
         "eager", torch.device("cpu")

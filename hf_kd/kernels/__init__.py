@@ -4,14 +4,14 @@ from .autograd import matching_objective
 from .choice import KERNELS, choose_kernel
 from .compiled import CompiledKernel
 from .eager import eager_kernel
-from .interface import Batch, Kernel, Totals, Weights
+from .interface import Kernel, LogitBatch, Totals, Weights
 
 
 __all__ = [
     "KERNELS",
-    "Batch",
     "CompiledKernel",
     "Kernel",
+    "LogitBatch",
     "Totals",
     "Weights",
     "choose_kernel",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..losses.functional import IGNORE_INDEX, check_gamma, check_logits
 from .eager import eager_kernel
-from .interface import Batch, Kernel, Weights
+from .interface import Kernel, LogitBatch, Weights
 
 
 class _Objective(torch.autograd.Function):
@@ -17,7 +17,7 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, batch: Batch, weights: Weights, kernel: Kernel
+        ctx: Any, student: Tensor, teacher: Tensor, batch: LogitBatch, weights: Weights, kernel: Kernel
     ) -> tuple[Tensor, Tensor]:
         objective, totals, gradient = kernel(batch._replace(student=student.detach()), weights)
         ctx.save_for_backward(gradient)
@@ -118,7 +118,7 @@ def matching_objective(
     labels = labels.long()
     if mask is not None:
         labels = labels.masked_fill(~mask, IGNORE_INDEX)
-    batch = Batch(student_logits, teacher_logits, labels, mask, counts)
+    batch = LogitBatch(student_logits, teacher_logits, labels, mask, counts)
     # Both logits by themselves as well: torch looks into no tuple for what is differentiated.
     objective, totals = _Objective.apply(
         student_logits, teacher_logits, batch, Weights(gamma, ce_weight, beta, weighted), kernel

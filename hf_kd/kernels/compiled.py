@@ -10,7 +10,7 @@ from transformers.utils.logging import get_logger
 
 from ..losses.functional import IGNORE_INDEX
 from .eager import eager_kernel
-from .interface import Batch, Weights, own_counts, working_dtype
+from .interface import LogitBatch, Weights, own_counts, working_dtype
 
 
 logger = get_logger(__name__)
@@ -37,7 +37,7 @@ class CompiledKernel:
         self._compiled = torch.compile(_objective, fullgraph=True, dynamic=False)
         self._seen: set[tuple[object, ...]] = set()
 
-    def __call__(self, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, batch: LogitBatch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         # To the compiler a single row is a case of its own.
         if not self.failed and len(batch.student) > 1 and batch.student.numel() >= self.smallest:
             try:
@@ -47,7 +47,7 @@ class CompiledKernel:
                 logger.warning("The fused loss could not be compiled and runs uncompiled: %s", error)
         return eager_kernel(batch, weights)
 
-    def _run(self, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, batch: LogitBatch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         student, teacher, labels, mask, counts = batch
         dtype = working_dtype(student, teacher)
         settings = _settings(weights, dtype)
@@ -63,7 +63,7 @@ class CompiledKernel:
         objective, totals = (torch.stack(values).sum(dim=0) for values in zip(*found, strict=True))
         return objective, totals, gradient
 
-    def _chunk(self, batch: Batch, gradient: Tensor | None, settings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _chunk(self, batch: LogitBatch, gradient: Tensor | None, settings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         student, teacher, labels, mask, counts = batch
         case = (student.shape[1], student.dtype, teacher.dtype, gradient is None, mask is None, counts is None)
         if case in self._seen:

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses.functional import IGNORE_INDEX
-from .interface import Batch, Weights, own_counts, working_dtype
+from .interface import LogitBatch, Weights, own_counts, working_dtype
 
 
 # Logits at a time on the CPU, for each thread: what is made on the way stays in its cache.
 _CHUNK = 2**18
 
 
-def eager_kernel(batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+def eager_kernel(batch: LogitBatch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """A :class:`hf_kd.kernels.Kernel`."""
     student, teacher, labels, mask, counts = batch
     dtype = working_dtype(student, teacher)
@@ -42,7 +42,7 @@ def eager_kernel(batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor
     return totals[0] * a + totals[2] * b, totals, gradient
 
 
-def _rows(batch: Batch, gradient: Tensor, weights: Weights, a: float | Tensor, b: float | Tensor) -> Tensor:
+def _rows(batch: LogitBatch, gradient: Tensor, weights: Weights, a: float | Tensor, b: float | Tensor) -> Tensor:
     """Write the gradient of some rows to its place and give their totals, (5,). Buffers are used more than once."""
     student, teacher, labels, mask, _ = batch
     dtype = gradient.dtype

@@ -25,7 +25,7 @@ class Totals(NamedTuple):
     """The student's Shannon entropy in nats."""
 
 
-class Batch(NamedTuple):
+class LogitBatch(NamedTuple):
     """What a kernel computes on; the arguments are checked before it."""
 
     student: Tensor
@@ -40,11 +40,11 @@ class Batch(NamedTuple):
     """(2,): how many samples and labels the whole step has, which the terms are divided by; None if they are this
     batch's."""
 
-    def split(self, chunks: int) -> list[Batch]:
+    def split(self, chunks: int) -> list[LogitBatch]:
         """Its rows in so many parts, whose sizes differ by one at most; the counts go for all of them."""
         student, teacher, labels = (tensor.tensor_split(chunks) for tensor in self[:3])
         mask = [None] * chunks if self.mask is None else self.mask.tensor_split(chunks)
-        return [Batch(*part, self.counts) for part in zip(student, teacher, labels, mask, strict=True)]
+        return [LogitBatch(*part, self.counts) for part in zip(student, teacher, labels, mask, strict=True)]
 
 
 class Weights(NamedTuple):
@@ -67,7 +67,7 @@ class Kernel(Protocol):
     counts.
     """
 
-    def __call__(self, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, batch: LogitBatch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
         """Compute it.
 
         Returns:

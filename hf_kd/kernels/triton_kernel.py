@@ -11,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..losses.functional import IGNORE_INDEX
-from .interface import Batch, Weights, own_counts, working_dtype
+from .interface import LogitBatch, Weights, own_counts, working_dtype
 
 
 # Logits that a program holds at a time; longer rows are gone through in blocks of this size.
 _LARGEST_BLOCK = 8192
 
 
-def triton_kernel(batch: Batch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+def triton_kernel(batch: LogitBatch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """A :class:`hf_kd.kernels.Kernel`; nothing of it waits for the device.
 
     A label that is out of range gives NaN, since a kernel cannot raise.
